@@ -1,0 +1,1 @@
+"""Benchmarks that print, check and store what they measure."""
