@@ -8,6 +8,7 @@ positions and is never attended to. `start=None` means no padding.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
@@ -79,3 +80,10 @@ def masked_softmax(
     if sink_logits is not None:
         total = total + torch.exp(column - top)
     return weights / total.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+@lru_cache(maxsize=4096)
+def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The int64 tensor of a head list on `device`, made once: copying it at each call would stall the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.long, device=device)

@@ -32,6 +32,8 @@ def _threshold(mass: torch.Tensor, weight: torch.Tensor | None, top_p: float, mi
     width = min(size, max(256, min_tokens))
     while True:
         values, order = mass.topk(width, dim=-1)
+        # entries outside the row's sight carry mass -1, to rank last; they add nothing
+        values = values.clamp_min(0)
         total = values.cumsum(-1)
         tokens = torch.ones_like(values) if weight is None else weight.expand_as(mass).gather(-1, order)
         count = tokens.cumsum(-1)

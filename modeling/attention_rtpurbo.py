@@ -1,0 +1,385 @@
+"""The attention function of a converted model, and the hook that gives it queries and keys from before RoPE.
+
+A forward pre-hook on each full-attention module of the base swaps in identity position embeddings and withholds the
+cache. The base's own forward then hands q and k to the attention function as they were before RoPE (after any q/k
+norm); the function rotates them with the base's own code, updates the cache and attends.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..kernels.common import index_tensor, starts
+from ..kernels.decode import decode_attention
+from ..kernels.dense import dense_attention
+from ..kernels.indexed import indexed_attention_reference
+from ..kernels.score_select import select_top_p
+from ..kernels.sink_window import sink_window_attention
+from .families_rtpurbo import Family, rotation
+from .plan_rtpurbo import HeadPlan
+
+ATTENTION_NAME = "rtpurbo"
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What an observer of a layer is shown: queries and keys of one forward, before and after RoPE.
+
+    `query_pre`, `query` `[B, Hq, M, D]`; `key_pre`, `key`, `value` `[B, Hkv, M, D]`; `positions` `[B, M]` logical.
+    """
+
+    layer_idx: int
+    plan: HeadPlan
+    indexer: nn.Module | None
+    query_pre: torch.Tensor
+    key_pre: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    positions: torch.Tensor
+    start: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    sink_logits: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Rows of an uncached forward that attend as decode steps do: `index` `[B, R]`, and which of them `counted`."""
+
+    index: torch.Tensor
+    counted: torch.Tensor
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor) -> DecodeRows | None:
+        """Rows where the bool mask `[B, M]` is set; None if there are none."""
+        count = mask.sum(1)
+        width = int(count.max())
+        if width == 0:
+            return None
+        index = mask.long().argsort(1, descending=True, stable=True)[:, :width]
+        return cls(index, torch.arange(width, device=mask.device) < count[:, None])
+
+
+@dataclass
+class ForwardState:
+    """One forward's context, handed through the base model to every attention layer."""
+
+    mode: str
+    q_start: int
+    start: torch.Tensor | None
+    is_decode: bool
+    length: torch.Tensor | None = None
+    decode_rows: DecodeRows | None = None
+    observer: Callable[[AttentionInputs], torch.Tensor | None] | None = None
+    on_selection: Callable[..., None] | None = None
+    losses: list[torch.Tensor] = field(default_factory=list)
+
+
+class RTPurboLayer:
+    """What a converted attention module knows beyond its base: head plans by mode, options, and how it rotates."""
+
+    def __init__(self, attention: nn.Module, family: Family, config, plans: dict[str, HeadPlan]):
+        self.layer_idx = attention.layer_idx
+        self.config = config
+        self.plans = plans
+        self.rotation = rotation(attention, family)
+        self.cache_argument = family.cache_argument
+        self.signature = inspect.signature(attention.forward)
+        self.state: ForwardState | None = None
+
+
+def attention_pre_hook(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Swap position embeddings for the identity, withhold the cache, and pass both on to the attention function."""
+    layer: RTPurboLayer = attention.rtpurbo
+    bound = layer.signature.bind_partial(*args, **kwargs)
+    arguments = dict(bound.arguments)
+    arguments.update(arguments.pop("kwargs", {}))
+    cos, sin = arguments["position_embeddings"]
+    arguments["rtpurbo_call"] = (cos, sin, arguments.get(layer.cache_argument))
+    arguments["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+    arguments[layer.cache_argument] = None
+    arguments.setdefault("rtpurbo_state", layer.state)
+    return (), arguments
+
+
+def rtpurbo_mask(*args, **kwargs) -> None:
+    """No mask tensor: causality, windows and padding are computed from positions in the attention function."""
+    return None
+
+
+def rtpurbo_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    rtpurbo_state: ForwardState | None = None,
+    rtpurbo_call: tuple | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The attention function registered with transformers: `[B, H, M, D]` in, `[B, M, Hq, D]` out."""
+    if rtpurbo_state is None:
+        raise RuntimeError(
+            f"{type(module).__name__} was called outside RTPurboForCausalLM.forward: call the wrapping model"
+        )
+    if dropout:
+        raise ValueError("RTPurbo attention has no dropout: set attention_dropout = 0 in the base config")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = {"scale": scale, "softcap": softcap, "sink_logits": s_aux}
+    if rtpurbo_call is None:
+        return _native_sliding(module, query, key, value, sliding_window, rtpurbo_state, options), None
+    layer: RTPurboLayer = module.rtpurbo
+    cos, sin, cache = rtpurbo_call
+    query_pre, key_pre = query, key
+    if layer.rotation is not None:
+        query, key = layer.rotation(query, key, cos, sin)
+    state = rtpurbo_state
+    positions = _positions(state, query)
+    plan = layer.plans[state.mode]
+    if state.observer is not None:
+        inputs = AttentionInputs(
+            layer.layer_idx, layer.plans["sparse"], getattr(module, "indexer", None), query_pre, key_pre, query, key,
+            value, positions, state.start, **options,
+        )  # fmt: skip
+        with torch.enable_grad():
+            loss = state.observer(inputs)
+        if loss is not None:
+            state.losses.append(loss)
+    index_query = index_key = None
+    if plan.indexed and plan.retrieval:
+        index_query = module.indexer.queries(query_pre, positions)
+        index_key = module.indexer.keys(key_pre, positions).to(key.dtype)
+    step = _Step(layer, plan, state, options, query, key, value, index_query, index_key)
+    view = None
+    if cache is not None:
+        view, _ = cache.update(
+            key, value, layer.layer_idx, index_key=index_key, start=state.start, is_decode=state.is_decode
+        )
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    if view is None or view.q_start == 0:
+        step.fresh(out)
+    elif state.is_decode:
+        step.decode(out, view)
+    else:
+        step.chunk(out, view)
+    return out, None
+
+
+def _positions(state: ForwardState, query: torch.Tensor) -> torch.Tensor:
+    """Logical positions `[B, M]` of this forward's rows."""
+    slots = torch.arange(state.q_start, state.q_start + query.shape[2], device=query.device)
+    return slots - starts(state.start, query.shape[0], query.device)[:, None]
+
+
+def _native_sliding(module, query, key, value, window, state: ForwardState, options: dict) -> torch.Tensor:
+    """A sliding-window layer of the base itself, left as it is; its cache has already been updated."""
+    if window is None:
+        raise RuntimeError(
+            f"{type(module).__name__} (layer {module.layer_idx}) has no window and was not converted"
+        )
+    heads = tuple(range(query.shape[1]))
+    group = query.shape[1] // key.shape[1]
+    return sink_window_attention(
+        query,
+        key,
+        value,
+        heads=heads,
+        kv_heads=tuple(h // group for h in heads),
+        window=window,
+        num_sinks=0,
+        out=query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]),
+        q_start=state.q_start,
+        kv_start=state.q_start + query.shape[2] - key.shape[2],
+        start=state.start,
+        backend=module.rtpurbo_backend,
+        **options,
+    )
+
+
+@dataclass
+class _Step:
+    """One layer's attention in one forward; each method fills `out` `[B, M, Hq, D]` for all heads."""
+
+    layer: RTPurboLayer
+    plan: HeadPlan
+    state: ForwardState
+    options: dict
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    index_query: torch.Tensor | None
+    index_key: torch.Tensor | None
+
+    @property
+    def selects(self) -> bool:
+        return self.plan.indexed and bool(self.plan.retrieval) and self.layer.config.index_top_p < 1.0
+
+    @property
+    def backend(self) -> str:
+        return self.layer.config.attention_backend
+
+    @property
+    def sparse_prefill(self) -> bool:
+        return self.selects and self.layer.config.retrieval_prefill == "sparse"
+
+    def fresh(self, out: torch.Tensor) -> None:
+        """Nothing is cached: this forward's own keys are all there is."""
+        plan = self.plan
+        self._local(out, self.query, self.key, self.value, plan.local, plan.local_kv)
+        if not plan.retrieval:
+            return
+        if self.sparse_prefill:
+            slots = torch.arange(self.query.shape[2], device=self.query.device)
+            self._indexed(
+                out,
+                self.query,
+                self.index_query,
+                slots,
+                self.key,
+                self.value,
+                self.index_key,
+                plan.retrieval_kv,
+            )
+            return
+        self._dense(out, self.key, self.value, plan.retrieval_kv, q_start=0)
+        if self.state.decode_rows is not None and self.selects:
+            self._decode_rows(out, self.state.decode_rows)
+
+    def chunk(self, out: torch.Tensor, view) -> None:
+        """A further piece of the prompt: earlier keys come from the cache."""
+        plan, length = self.plan, view.length
+        in_full = tuple(h for h in plan.local if plan.full_slot[plan.kv_head(h)] >= 0)
+        in_window = tuple(h for h in plan.local if h not in in_full)
+        full_key, full_value = view.full_key[:, :, :length], view.full_value[:, :, :length]
+        rows = tuple(plan.full_slot[plan.kv_head(h)] for h in in_full)
+        self._local(out, self.query, full_key, full_value, in_full, rows, q_start=view.q_start)
+        rows = tuple(plan.window_slot[plan.kv_head(h)] for h in in_window)
+        self._local(
+            out, self.query, view.tail_key, view.tail_value, in_window, rows,
+            q_start=view.q_start, kv_start=view.tail_start, sink_key=view.sink_key, sink_value=view.sink_value,
+        )  # fmt: skip
+        if not plan.retrieval:
+            return
+        if self.sparse_prefill:
+            slots = torch.arange(view.q_start, length, device=self.query.device)
+            index_key = view.index_key[:, :, :length]
+            self._indexed(
+                out, self.query, self.index_query, slots, full_key, full_value, index_key, plan.retrieval_rows
+            )
+        else:
+            self._dense(out, full_key, full_value, plan.retrieval_rows, q_start=view.q_start)
+
+    def decode(self, out: torch.Tensor, view) -> None:
+        """A decode step over the stores of the cache."""
+        plan, config, state = self.plan, self.layer.config, self.state
+        selection = None
+        retrieval = plan.retrieval if self.selects else ()
+        if retrieval:
+            selection = select_top_p(
+                self.index_query.to(view.index_key.dtype),
+                view.index_key,
+                index_heads=plan.index_heads,
+                length=state.length,
+                start=state.start,
+                top_p=config.index_top_p,
+                min_tokens=config.index_min_tokens,
+                block_size=config.index_block_size,
+                backend=self.backend,
+            )
+        if retrieval or plan.local:
+            decode_attention(
+                self.query,
+                view.full_key,
+                view.full_value,
+                view.window_key,
+                view.window_value,
+                selection,
+                retrieval_heads=retrieval,
+                full_slot=plan.full_slot,
+                window_slot=plan.window_slot,
+                length=state.length,
+                start=state.start,
+                window=config.sliding_window,
+                num_sinks=config.num_sink_tokens,
+                block_size=config.index_block_size,
+                out=out,
+                backend=self.backend,
+                **self.options,
+            )
+        if plan.retrieval and not retrieval:
+            # no selection: retrieval heads see everything (what was written for them above is overwritten)
+            key, value = view.full_key[:, :, : view.length], view.full_value[:, :, : view.length]
+            self._dense(out, key, value, plan.retrieval_rows, q_start=view.q_start)
+
+    def _local(self, out, query, key, value, heads, kv_heads, **where) -> None:
+        if heads:
+            config = self.layer.config
+            sink_window_attention(
+                query, key, value, heads=heads, kv_heads=kv_heads, window=config.sliding_window,
+                num_sinks=config.num_sink_tokens, out=out, start=self.state.start, backend=self.backend,
+                **where, **self.options,
+            )  # fmt: skip
+
+    def _dense(self, out, key, value, kv_heads, *, q_start: int) -> None:
+        dense_attention(
+            self.query, key, value, heads=self.plan.retrieval, kv_heads=kv_heads, out=out, q_start=q_start,
+            start=self.state.start, backend=self.backend, **self.options,
+        )  # fmt: skip
+
+    def _indexed(self, out, query, index_query, q_slots, key, value, index_key, kv_heads) -> None:
+        config, device = self.layer.config, query.device
+        observe = self.state.on_selection
+        indexed_attention_reference(
+            query,
+            key,
+            value,
+            index_query,
+            index_key,
+            heads=index_tensor(self.plan.retrieval, device),
+            kv_heads=index_tensor(kv_heads, device),
+            index_heads=index_tensor(self.plan.index_heads, device),
+            top_p=config.index_top_p,
+            min_tokens=config.index_min_tokens,
+            block_size=config.index_block_size,
+            out=out,
+            q_slots=q_slots,
+            start=self.state.start,
+            on_selection=None if observe is None else _for_layer(observe, self.layer.layer_idx),
+            **self.options,
+        )
+
+    def _decode_rows(self, out: torch.Tensor, rows: DecodeRows) -> None:
+        """Recompute the retrieval heads of some rows as decode steps would."""
+        batch = torch.arange(out.shape[0], device=out.device)[:, None]
+        query = self.query.gather(2, _expand(rows.index, self.query))
+        index_query = self.index_query.gather(2, _expand(rows.index, self.index_query))
+        tile = out.new_zeros(out.shape[0], rows.index.shape[1], out.shape[2], out.shape[3])
+        # rows that do not count still need something to attend to; their result is dropped
+        self._indexed(
+            tile, query, index_query, rows.index, self.key, self.value, self.index_key, self.plan.retrieval_kv
+        )
+        heads = index_tensor(self.plan.retrieval, out.device)
+        where = batch.expand_as(rows.index)[rows.counted], rows.index[rows.counted]
+        out[where[0][:, None], where[1][:, None], heads] = tile[rows.counted][:, heads]
+
+
+def _expand(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return index[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
+
+
+def _for_layer(observe: Callable[..., None], layer_idx: int) -> Callable[..., None]:
+    def call(rows, chosen, valid, weights):
+        observe(layer_idx, rows, chosen, valid, weights)
+
+    return call

@@ -1,0 +1,372 @@
+"""The hybrid KV cache: everything for retrieval heads, sinks and a rolling window for the others.
+
+Per converted layer there are three stores:
+
+- *full*: keys and values of the KV heads that serve a retrieval head, one slot a token, padding included;
+- *index*: index keys of the retrieval heads, slot by slot beside the full store;
+- *window*: keys and values of all other KV heads by logical position p: sinks (p < S) at slot p, later tokens in a
+  ring at `S + (p - S) % R`. R covers the window and `SLACK` tokens, so that a few tokens can be cropped again.
+
+Layers of the base model that are not converted (native sliding windows, linear attention) keep their own layers of
+transformers. Lengths are Python integers; the stores grow by an eighth, so appending a token copies O(1) amortised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from ..kernels.common import index_tensor, starts
+from .plan_rtpurbo import HeadPlan
+
+SLACK = 64
+RECORDED = 512
+PREFILL_MARGIN = 128
+
+
+def _grown(capacity: int, needed: int) -> int:
+    return max(needed, capacity + max(256, capacity // 8))
+
+
+def ring_slots(position: torch.Tensor, num_sinks: int, ring: int) -> torch.Tensor:
+    """Slots in the window store of logical positions (negative positions are clamped to 0)."""
+    wrapped = num_sinks + (position - num_sinks).clamp_min(0) % max(ring, 1)
+    return torch.where(position < num_sinks, position.clamp_min(0), wrapped)
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """What one forward of a layer attends to, after its tokens were written.
+
+    `q_start` is the number of slots before this forward. On a fresh cache (`q_start == 0`) the caller attends to its own
+    keys and values. `tail_key` and `tail_value` `[B, W, T, D]` (chunks only) are the last keys of the window store in
+    slot order, from slot `tail_start` on, with this forward's keys at the end; `sink_key`, `sink_value` the sinks.
+    """
+
+    q_start: int
+    length: int
+    full_key: torch.Tensor
+    full_value: torch.Tensor
+    index_key: torch.Tensor | None
+    window_key: torch.Tensor
+    window_value: torch.Tensor
+    tail_key: torch.Tensor | None = None
+    tail_value: torch.Tensor | None = None
+    sink_key: torch.Tensor | None = None
+    sink_value: torch.Tensor | None = None
+    tail_start: int = 0
+
+
+class RTPurboCacheLayer(CacheLayerMixin):
+    """The stores of one converted layer. Shapes: `[B, heads, capacity, head_dim]`, see the module's docstring."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+    _stores = ("keys", "values", "index_keys", "window_keys", "window_values")
+
+    def __init__(self, plan: HeadPlan, *, window: int, num_sinks: int, index_dim: int):
+        super().__init__()
+        self.plan = plan
+        self.window = window
+        self.num_sinks = num_sinks
+        self.index_dim = index_dim
+        self.length = 0
+        self.record_past = False
+        self._unconfirmed = 0
+        self._lost = 0  # ring positions overwritten so far: a crop cannot bring them back
+        self.index_keys: torch.Tensor | None = None
+        self.window_keys: torch.Tensor | None = None
+        self.window_values: torch.Tensor | None = None
+
+    @property
+    def ring(self) -> int:
+        return 0 if self.window_keys is None else self.window_keys.shape[2] - self.num_sinks
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, dim = key_states.shape[0], key_states.shape[3]
+        self.keys = key_states.new_empty(batch, len(self.plan.full_kv), 0, dim)
+        self.values = value_states.new_empty(batch, len(self.plan.full_kv), 0, value_states.shape[3])
+        self.index_keys = key_states.new_empty(batch, len(self.plan.index_key_kv), 0, self.index_dim)
+        self.window_keys = key_states.new_zeros(batch, len(self.plan.window_kv), self.num_sinks, dim)
+        self.window_values = value_states.new_zeros(
+            batch, len(self.plan.window_kv), self.num_sinks, value_states.shape[3]
+        )
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *,
+        index_key: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+        is_decode: bool = False,
+    ) -> tuple[CacheView, None]:
+        """Write this forward's tokens and return what it attends to.
+
+        Args:
+            key_states, value_states: `[B, Hkv, M, D]`, rotated.
+            index_key: `[B, I, M, index_dim]`, projected and rotated; None if the plan has no index.
+            start: `[B]` slot of each row's first real token, or None.
+            is_decode: the caller reads the stores themselves, not a contiguous tail.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, new = self.length, key_states.shape[2]
+        total = past + new
+        if self.record_past:
+            self._unconfirmed = min(self._unconfirmed + new, RECORDED)
+        self._reserve(total, start, fresh=past == 0)
+        full = index_tensor(self.plan.full_kv, key_states.device)
+        self.keys[:, :, past:total] = key_states[:, full]
+        self.values[:, :, past:total] = value_states[:, full]
+        if index_key is not None and index_key.shape[1]:
+            self.index_keys[:, :, past:total] = index_key.to(self.index_keys.dtype)
+        tail = {}
+        if self.plan.window_kv:
+            rows = index_tensor(self.plan.window_kv, key_states.device)
+            window_key, window_value = key_states[:, rows], value_states[:, rows]
+            if past and not is_decode:
+                tail = self._tail(window_key, window_value, start)
+            self._write_window(window_key, window_value, start, scatter=is_decode)
+            self._lost = max(self._lost, total - self.num_sinks - self.ring)
+        self.length = total
+        view = CacheView(
+            q_start=past,
+            length=total,
+            full_key=self.keys,
+            full_value=self.values,
+            index_key=self.index_keys,
+            window_key=self.window_keys,
+            window_value=self.window_values,
+            **tail,
+        )
+        return view, None
+
+    def _reserve(self, total: int, start: torch.Tensor | None, *, fresh: bool) -> None:
+        capacity = self.keys.shape[2]
+        if total > capacity:
+            wanted = total + PREFILL_MARGIN if fresh else _grown(capacity, total)
+            for name in ("keys", "values", "index_keys"):
+                old = getattr(self, name)
+                # zeros, not garbage: unused slots are masked, but 0 * NaN would still be NaN
+                new = old.new_zeros(*old.shape[:2], wanted, old.shape[3])
+                new[:, :, : self.length] = old[:, :, : self.length]
+                setattr(self, name, new)
+        if self.plan.window_kv:
+            limit = self.window + max(SLACK, self._unconfirmed)
+            held = total - self.num_sinks
+            if self.ring < min(held, limit):
+                wanted = held + PREFILL_MARGIN if fresh else _grown(self.ring, min(held, limit))
+                self._resize_ring(min(wanted, limit), start)
+
+    def _resize_ring(self, ring: int, start: torch.Tensor | None) -> None:
+        old_ring, sinks = self.ring, self.num_sinks
+        last = self.length - 1 - starts(start, self.window_keys.shape[0], self.window_keys.device)
+        slots = torch.arange(ring, device=last.device)
+        # the latest position p <= last with (p - sinks) % ring == slot
+        position = last[:, None] - (last[:, None] - sinks - slots) % ring
+        index = ring_slots(position.clamp_min(sinks), sinks, old_ring)[:, None, :, None]
+        for name in ("window_keys", "window_values"):
+            old = getattr(self, name)
+            moved = old.gather(2, index.expand(-1, old.shape[1], -1, old.shape[3])) if old_ring else None
+            new = old.new_zeros(*old.shape[:2], sinks + ring, old.shape[3])
+            new[:, :, :sinks] = old[:, :, :sinks]
+            if moved is not None:
+                new[:, :, sinks:] = moved
+            setattr(self, name, new)
+
+    def _write_window(
+        self, key: torch.Tensor, value: torch.Tensor, start: torch.Tensor | None, *, scatter: bool
+    ) -> None:
+        sinks, ring, new = self.num_sinks, self.ring, key.shape[2]
+        first = self.length - starts(
+            start, key.shape[0], key.device
+        )  # [B] logical position of the first new token
+        if scatter:
+            slots = ring_slots(first[:, None] + torch.arange(new, device=key.device), sinks, ring)[
+                :, None, :, None
+            ]
+            self.window_keys.scatter_(2, slots.expand_as(key), key.to(self.window_keys.dtype))
+            self.window_values.scatter_(2, slots.expand_as(value), value.to(self.window_values.dtype))
+            return
+        # many tokens: ask for each slot which new token belongs there, so that padding and overwritten tokens drop out
+        last = first[:, None] + new - 1
+        slots = torch.arange(sinks + ring, device=key.device)
+        latest = last - (last - slots) % max(ring, 1)
+        position = torch.where(slots < sinks, slots, latest)
+        source = position - first[:, None]
+        taken = ((source >= 0) & (source < new) & ((slots < sinks) | (position >= sinks)))[:, None, :, None]
+        source = source.clamp(0, new - 1)[:, None, :, None]
+        for name, states in (("window_keys", key), ("window_values", value)):
+            store = getattr(self, name)
+            picked = states.gather(2, source.expand(-1, states.shape[1], -1, states.shape[3]))
+            setattr(self, name, torch.where(taken, picked.to(store.dtype), store))
+
+    def _tail(self, key: torch.Tensor, value: torch.Tensor, start: torch.Tensor | None) -> dict:
+        """The window before this chunk in slot order, followed by the chunk."""
+        tail_start = max(self.length - self.window + 1, 0)
+        slots = torch.arange(tail_start, self.length, device=key.device)
+        position = slots - starts(start, key.shape[0], key.device)[:, None]
+        index = ring_slots(position, self.num_sinks, self.ring)[:, None, :, None]
+        parts = {}
+        for name, store, states in (("key", self.window_keys, key), ("value", self.window_values, value)):
+            old = store.gather(2, index.expand(-1, store.shape[1], -1, store.shape[3]))
+            parts[f"tail_{name}"] = torch.cat([old, states.to(store.dtype)], 2)
+        # the chunk itself may still bring sinks: a short or heavily padded first chunk
+        first = self.length - starts(start, key.shape[0], key.device)
+        source = torch.arange(self.num_sinks, device=key.device) - first[:, None]
+        fresh = ((source >= 0) & (source < key.shape[2]))[:, None, :, None]
+        source = source.clamp(0, key.shape[2] - 1)[:, None, :, None]
+        for name, store, states in (("key", self.window_keys, key), ("value", self.window_values, value)):
+            picked = states.gather(2, source.expand(-1, states.shape[1], -1, states.shape[3]))
+            parts[f"sink_{name}"] = torch.where(fresh, picked.to(store.dtype), store[:, :, : self.num_sinks])
+        return {**parts, "tail_start": tail_start}
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
+        """Forget the last `-tokens_to_remove` tokens; a positive number is the length to keep.
+
+        Raises:
+            RuntimeError: the window store has already overwritten what the shorter context would see.
+        """
+        amount = int(tokens_to_remove)
+        remove = -amount if amount <= 0 else max(self.length - amount, 0)
+        remove = min(remove, self.length)
+        allowed = self.length - self._lost - self.num_sinks - self.window + 1
+        if remove and self._lost > 0 and remove > allowed:
+            raise RuntimeError(
+                f"cannot crop {remove} tokens: the window store still holds only {max(allowed, 0)} beyond its window "
+                f"of {self.window}. Crop at most that many, or start again from an empty cache"
+            )
+        self.length -= remove
+        self._unconfirmed = 0
+
+    def reset(self) -> None:
+        self.length = 0
+        self._unconfirmed = 0
+        self._lost = 0
+
+    def _map(self, function) -> None:
+        if not self.is_initialized:
+            return
+        for name in self._stores:
+            setattr(self, name, function(getattr(self, name)))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda store: store.index_select(0, beam_idx.to(store.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda store: store.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda store: store[indices.to(store.device)])
+
+    def offload(self) -> None:
+        self._map(lambda store: store.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda store: store.to(self.device, non_blocking=True))
+
+    def nbytes(self) -> dict[str, int]:
+        """Allocated bytes by kind: `full`, `index`, `window`."""
+        if not self.is_initialized:
+            return {"full": 0, "index": 0, "window": 0}
+        return {
+            "full": self.keys.nbytes + self.values.nbytes,
+            "index": self.index_keys.nbytes,
+            "window": self.window_keys.nbytes + self.window_values.nbytes,
+        }
+
+    def dense_nbytes(self) -> int:
+        """Bytes that a cache of every KV head's every token would take at the present length."""
+        if not self.is_initialized:
+            return 0
+        row = (
+            self.keys.shape[3] * self.keys.element_size() + self.values.shape[3] * self.values.element_size()
+        )
+        return self.keys.shape[0] * self.plan.num_kv_heads * self.length * row
+
+
+class RTPurboCache(Cache):
+    """The cache that `generate()` uses: `RTPurboCacheLayer` where a layer was converted, the base's own elsewhere.
+
+    Args:
+        config: the model's `RTPurboConfig`.
+        plans: `{layer index: HeadPlan}` of the converted layers.
+        offloading: keep all layers but the current one on the CPU (CUDA only).
+    """
+
+    def __init__(self, config, plans: dict[int, HeadPlan], *, offloading: bool = False):
+        text = config.get_text_config(decoder=True)
+        layers = list(DynamicCache(config=text).layers)
+        for index, plan in plans.items():
+            layers[index] = RTPurboCacheLayer(
+                plan,
+                window=config.sliding_window,
+                num_sinks=config.num_sink_tokens,
+                index_dim=config.index_dim,
+            )
+        super().__init__(layers=layers, offloading=offloading)
+        self.converted = tuple(plans)
+        self.start: torch.Tensor | None = None
+        self.right_padded = False
+        self.in_prefill = False
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        if layer_idx is None or layer_idx == 0:
+            layer_idx = self.converted[0]
+        return super().get_seq_length(layer_idx)
+
+    @property
+    def is_recording(self) -> bool:
+        return self.layers[self.converted[0]].record_past
+
+    def reset(self) -> None:
+        super().reset()
+        self.start = None
+        self.right_padded = False
+
+    def _map_start(self, function) -> None:
+        if self.start is not None:
+            self.start = function(self.start)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_start(lambda start: start.index_select(0, beam_idx.to(start.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_start(lambda start: start.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_start(lambda start: start[indices.to(start.device)])
+
+    def nbytes(self) -> dict[str, int]:
+        """Allocated bytes of the converted layers, by kind (`full`, `index`, `window`) and as `total`."""
+        total: dict[str, int] = {"full": 0, "index": 0, "window": 0}
+        for index in self.converted:
+            for kind, size in self.layers[index].nbytes().items():
+                total[kind] += size
+        return {**total, "total": sum(total.values())}
+
+    def dense_nbytes(self) -> int:
+        """Bytes that a dense cache of the converted layers would take at the present length."""
+        return sum(self.layers[index].dense_nbytes() for index in self.converted)

@@ -1,0 +1,146 @@
+"""Which base models can be wrapped, and the little that differs between them.
+
+A family is on this list when its attention forward (a) takes `position_embeddings = (cos, sin)`, (b) applies RoPE as
+its last change to q and k, and (c) calls the attention interface with its keyword arguments. A test for each family
+compares the wrapped model with the untouched base, with randomised norm weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+def _always(attention: nn.Module) -> bool:
+    return True
+
+
+def _use_rope_attribute(attention: nn.Module) -> bool:
+    return bool(attention.use_rope)
+
+
+def _rope_on_sliding_layers(attention: nn.Module) -> bool:
+    return attention.sliding_window is not None
+
+
+def _rope_on_sliding_or_uniform(attention: nn.Module) -> bool:
+    return attention.sliding_window is None or attention.is_sliding
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the wrapper must know of one `model_type`.
+
+    Args:
+        uses_rope: whether an attention layer rotates its q and k (NoPE layers do not).
+        partial_rotary: the forward slices the rotated dimensions itself (attribute `rotary_ndims`).
+        cache_argument: name under which the attention forward takes the cache.
+        needs_padding_mask: it has layers of another kind that read the 2-D mask (linear attention, convolutions).
+        forwards_kwargs: its decoder layers hand unknown keyword arguments on to their attention.
+    """
+
+    uses_rope: Callable[[nn.Module], bool] = _always
+    partial_rotary: bool = False
+    cache_argument: str = "past_key_values"
+    needs_padding_mask: bool = False
+    forwards_kwargs: bool = True
+
+
+_PLAIN = Family()
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        (
+            "arcee", "cohere", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt_oss",
+            "granite", "llama", "minimax_m2", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "starcoder2",
+        ),
+        _PLAIN,
+    ),
+    "cohere2": Family(uses_rope=_rope_on_sliding_layers),
+    "exaone4": Family(uses_rope=_rope_on_sliding_or_uniform),
+    "gpt_neox": Family(cache_argument="layer_past"),
+    "lfm2": Family(needs_padding_mask=True),
+    "nemotron": Family(forwards_kwargs=False),
+    "phi": Family(partial_rotary=True),
+    "qwen3_5_text": Family(needs_padding_mask=True),
+    "qwen3_next": Family(needs_padding_mask=True),
+    "smollm3": Family(uses_rope=_use_rope_attribute),
+    "stablelm": Family(partial_rotary=True, forwards_kwargs=False),
+}  # fmt: skip
+
+
+def family_of(config) -> Family:
+    """The rules for a base config.
+
+    Raises:
+        ValueError: the family is not on the list.
+    """
+    model_type = config.get_text_config(decoder=True).model_type
+    if config.model_type != model_type or model_type not in FAMILIES:
+        raise ValueError(
+            f"base models of the family {config.model_type!r} are not supported. Supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]
+
+
+def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Every softmax-attention module of a base model, in layer order."""
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "scaling"):
+            parameters = inspect.signature(type(module).forward).parameters
+            if "position_embeddings" in parameters:
+                yield module
+
+
+def is_full_attention(attention: nn.Module, config) -> bool:
+    """Whether this layer of the base model sees the whole context."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return layer_types[attention.layer_idx] == "full_attention"
+    return getattr(config, "sliding_window", None) is None
+
+
+def full_attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention modules that RTPurbo converts.
+
+    Raises:
+        ValueError: the base has no full-attention layer.
+    """
+    found = [m for m in attention_modules(model) if is_full_attention(m, m.config)]
+    if not found:
+        raise ValueError(
+            f"the base model ({model.config.model_type}) has no full-attention layer: nothing to convert. "
+            "Check its config's sliding_window and layer_types"
+        )
+    return found
+
+
+def head_counts(config) -> tuple[int, int]:
+    """Query heads and KV heads of a base model's layers."""
+    text = config.get_text_config(decoder=True)
+    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def head_dim(attention: nn.Module) -> int:
+    """Dimensions of one head."""
+    return attention.head_size if hasattr(attention, "head_size") else attention.head_dim
+
+
+def rotation(attention: nn.Module, family: Family) -> Callable | None:
+    """The function `(q, k, cos, sin) -> (q, k)` that rotates this layer's q and k, or None for a NoPE layer."""
+    if not family.uses_rope(attention):
+        return None
+    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    if not family.partial_rotary:
+        return apply
+    size = attention.rotary_ndims
+
+    def apply_partial(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+        q_rot, k_rot = apply(q[..., :size], k[..., :size], cos, sin)
+        return torch.cat([q_rot, q[..., size:]], -1), torch.cat([k_rot, k[..., size:]], -1)
+
+    return apply_partial

@@ -1,0 +1,72 @@
+"""The indexer of one layer: low-dimensional queries and keys that route retrieval heads (PAPER section 3).
+
+Content dimensions are projected from the vectors before RoPE. The last `index_rotary_dim` dimensions are projected
+likewise and then rotated by their logical position with wavelengths of their own, log-spaced between two bounds, so
+that the index can also tell near from far. Keys are rotated when they are written: scoring stays a dot product.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ..kernels.common import index_tensor
+from .plan_rtpurbo import HeadPlan
+
+
+def rotate_index(
+    vectors: torch.Tensor, positions: torch.Tensor, wavelengths: tuple[float, float]
+) -> torch.Tensor:
+    """Rotate pairs (i, i + n/2) of the last axis by 2 pi * position / wavelength_i.
+
+    Args:
+        vectors: fp32 `[B, H, M, n]`, n even.
+        positions: int64 `[B, M]` logical positions.
+        wavelengths: shortest and longest, in tokens.
+    """
+    half = vectors.shape[-1] // 2
+    low, high = (math.log(w) for w in wavelengths)
+    steps = torch.linspace(0, 1, half, device=vectors.device) if half > 1 else vectors.new_zeros(half)
+    period = torch.exp(low + (high - low) * steps)
+    # the remainder keeps the angle small, so that fp32 stays exact at positions of a million
+    turns = torch.remainder(positions[:, None, :, None].double(), period.double()) / period.double()
+    angle = (2 * math.pi * turns).to(vectors.dtype)
+    cos, sin = angle.cos(), angle.sin()
+    first, second = vectors[..., :half], vectors[..., half:]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+class RTPurboIndexer(nn.Module):
+    """Projections of one layer's retrieval heads.
+
+    `q_proj` is `[n, index_dim, head_dim]`, one for each retrieval head; `k_proj` is `[n, ...]`, or one for each of
+    their KV heads when index keys are shared. The softmax scale is part of the weights.
+    """
+
+    def __init__(self, plan: HeadPlan, head_dim: int, index_dim: int, rotary_dim: int, wavelengths):
+        super().__init__()
+        self.plan = plan
+        self.rotary_dim = rotary_dim
+        self.wavelengths = (float(wavelengths[0]), float(wavelengths[1]))
+        self.q_proj = nn.Parameter(torch.empty(len(plan.retrieval), index_dim, head_dim))
+        self.k_proj = nn.Parameter(torch.empty(len(plan.index_key_kv), index_dim, head_dim))
+
+    def _project(self, vectors: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        projected = torch.matmul(vectors.to(weight.dtype), weight.transpose(-1, -2))
+        if self.rotary_dim == 0:
+            return projected
+        content = projected.shape[-1] - self.rotary_dim
+        rotated = rotate_index(projected[..., content:], positions, self.wavelengths)
+        return torch.cat([projected[..., :content], rotated], -1)
+
+    def queries(self, query_pre: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Index queries `[B, n, M, index_dim]` of pre-RoPE queries `[B, Hq, M, D]` at positions `[B, M]`."""
+        heads = index_tensor(self.plan.retrieval, query_pre.device)
+        return self._project(query_pre[:, heads], self.q_proj, positions)
+
+    def keys(self, key_pre: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Index keys `[B, I, M, index_dim]` of pre-RoPE keys `[B, Hkv, M, D]` at positions `[B, M]`."""
+        heads = index_tensor(self.plan.index_key_kv, key_pre.device)
+        return self._project(key_pre[:, heads], self.k_proj, positions)

@@ -1,0 +1,79 @@
+"""Every family on the list: with all heads retrieving and p = 1, the wrapped model is the base model."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILY_OPTIONS, everything_retrieves, padded_batch, tiny_base
+from rtpurbo_hf.modeling.families_rtpurbo import FAMILIES
+from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
+
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+
+def test_every_family_has_a_test():
+    assert set(FAMILY_OPTIONS) == set(FAMILIES)
+
+
+def generate(model, ids, mask):
+    return model.generate(
+        ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **GREEDY
+    )
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_dense_setting_equals_base(family):
+    base = tiny_base(family)
+    ids, mask = padded_batch()
+    real = mask.bool()
+    with torch.no_grad():
+        expected = base(ids, attention_mask=mask).logits
+        single = base(ids[1:]).logits
+        decoded = generate(base, ids, mask)
+    model = RTPurboForCausalLM.from_base(
+        copy.deepcopy(base), retrieval_heads=everything_retrieves(base), index_top_p=1.0, sliding_window=4
+    )
+    with torch.no_grad():
+        assert (model(ids, attention_mask=mask).logits - expected)[real].abs().max() < 1e-5
+        assert (model(ids[1:]).logits - single).abs().max() < 1e-5
+        got = generate(model, ids, mask)
+        with model.attention_mode("dense"):
+            assert (model(ids, attention_mask=mask).logits - expected)[real].abs().max() < 1e-5
+    assert torch.equal(got.sequences, decoded.sequences)
+    for ours, theirs in zip(got.logits, decoded.logits, strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_sparse_prefill_and_decode_equal_one_forward(family):
+    """Row-wise sparse prefill plus cached decode is one uncached forward, whatever else the family does to attention."""
+    torch.manual_seed(0)
+    base = tiny_base(family)
+    heads = [[h for h in layer if h != 1] for layer in everything_retrieves(base)]
+    model = RTPurboForCausalLM.from_base(
+        base, retrieval_heads=heads, index_top_p=0.6, index_dim=8, index_rotary_dim=4, sliding_window=5,
+        num_sink_tokens=2, retrieval_prefill="sparse", index_rotary_wavelengths=[4.0, 64.0],
+    )  # fmt: skip
+    for indexer in model.indexers().values():
+        torch.nn.init.normal_(indexer.q_proj, std=0.5)
+        torch.nn.init.normal_(indexer.k_proj, std=0.5)
+    ids, mask = padded_batch((9, 13))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    split = 10
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        first = model(
+            ids[:, :split], attention_mask=mask[:, :split], position_ids=positions[:, :split], use_cache=True
+        )
+        pieces = [first.logits]
+        for i in range(split, ids.shape[1]):
+            step = model(
+                ids[:, i : i + 1], attention_mask=mask[:, : i + 1], position_ids=positions[:, i : i + 1],
+                past_key_values=first.past_key_values, use_cache=True,
+            )  # fmt: skip
+            pieces.append(step.logits)
+    real = mask.bool()
+    assert (torch.cat(pieces, 1) - whole)[real].abs().max() < 1e-4
+    with torch.no_grad(), model.attention_mode("dense"):
+        dense = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert (dense - whole)[real].abs().max() > 1e-3, "the sparse setting must really drop something"
