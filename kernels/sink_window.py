@@ -449,7 +449,17 @@ if HAS_TRITON:
     )
 
 
-def _check(query, key, value, heads, kv_heads, out, start, sink_key, sink_value, sink_logits) -> None:
+def check_attention_inputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: torch.Tensor | Sequence[int],
+    kv_heads: torch.Tensor | Sequence[int],
+    out: torch.Tensor,
+    start: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+) -> None:
+    """Raise ValueError, saying what was given, if the arguments that prefill attention shares do not fit."""
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
         raise ValueError(
             "expected query [B, Hq, M, D] and key, value [B, Hkv, N, D] of one shape, got "
@@ -473,8 +483,6 @@ def _check(query, key, value, heads, kv_heads, out, start, sink_key, sink_value,
         raise ValueError(f"start must be [B] = ({batch},), got {tuple(start.shape)}")
     if sink_logits is not None and sink_logits.shape != (num_heads,):
         raise ValueError(f"sink_logits must be [Hq] = ({num_heads},), got {tuple(sink_logits.shape)}")
-    if (sink_key is None) != (sink_value is None):
-        raise ValueError("sink_key and sink_value must be given together")
 
 
 def sink_window_attention(
@@ -509,7 +517,7 @@ def sink_window_attention(
         out: `[B, M, Hq, D]`; the listed heads are written, others left alone. Rows that see nothing give 0.
         start: int `[B]`, slot of each row's first real token (left padding); None: no padding.
         sink_key, sink_value: `[B, Hkv, S <= num_sinks, D]`, the sinks kept apart. `key` may then start
-            anywhere, and only its keys of logical position >= num_sinks count. Without them `kv_start` must be 0.
+            anywhere, and only its keys of logical position >= num_sinks count. Without them `kv_start` is 0.
         softcap: scores become `softcap * tanh(score / softcap)`. sink_logits: `[Hq]`, learned sinks.
         backend: `"auto"` (Triton for half precision on CUDA), `"triton"` or `"reference"`.
 
@@ -521,7 +529,9 @@ def sink_window_attention(
     Raises:
         ValueError: shapes that do not fit, a window < 1, a scale <= 0, or heads out of range.
     """
-    _check(query, key, value, heads, kv_heads, out, start, sink_key, sink_value, sink_logits)
+    check_attention_inputs(query, key, value, heads, kv_heads, out, start, sink_logits)
+    if (sink_key is None) != (sink_value is None):
+        raise ValueError("sink_key and sink_value must be given together")
     if window < 1 or num_sinks < 0 or scale <= 0:
         raise ValueError(
             f"expected window >= 1, num_sinks >= 0, scale > 0, got {window}, {num_sinks}, {scale}"
