@@ -4,14 +4,16 @@
     index store   [B, I, C, r]        slot-ordered; in 8 bits, one scale a token: x ~ scale * round(x / scale)
     window store  [B, W, S + R, D]    by logical position p: sinks p < S at p, the others at S + (p - S) % R
 
-Padding (negative logical positions) never enters the window store. Not for the prefill, which writes whole tensors.
+Padding (negative logical positions) never enters the window store. Not for the prefill, which writes whole
+tensors.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .common import starts, use_triton
+from .common import HAS_TRITON, starts, tl, triton, use_triton
+from .workspace import head_table
 
 INT8_MAX = 127.0
 
@@ -75,6 +77,113 @@ def append_step_reference(
         window_value[b[:, None], row, at] = value[b[:, None], head, m[:, None]].to(window_value.dtype)
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _append_kernel(
+        p_key,
+        p_value,
+        p_index_new,
+        p_full_key,
+        p_full_value,
+        p_index_key,
+        p_index_scale,
+        p_window_key,
+        p_window_value,
+        p_tables,
+        p_length,
+        p_start,
+        num_kv_heads,
+        num_index,
+        q_len,
+        num_sinks,
+        ring,
+        stride_kb,
+        stride_kh,
+        stride_kn,
+        stride_vb,
+        stride_vh,
+        stride_vn,
+        stride_xb,
+        stride_xh,
+        stride_xn,
+        stride_fkb,
+        stride_fkh,
+        stride_fkn,
+        stride_fvb,
+        stride_fvh,
+        stride_fvn,
+        stride_ib,
+        stride_ih,
+        stride_in,
+        stride_sb,
+        stride_sh,
+        stride_sn,
+        stride_wkb,
+        stride_wkh,
+        stride_wkn,
+        stride_wvb,
+        stride_wvh,
+        stride_wvn,
+        HEAD_DIM: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        INDEX_DIM: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        INT8: tl.constexpr,
+        HAS_START: tl.constexpr,
+    ):
+        """One program for each (batch, token, head), KV heads first, index rows after them."""
+        i_head = tl.program_id(0)
+        i_token = tl.program_id(1)
+        i_batch = tl.program_id(2).to(tl.int64)
+        length = tl.load(p_length).to(tl.int64)
+        slot = length - q_len + i_token
+        if i_head < num_kv_heads:
+            o_dim = tl.arange(0, BLOCK_D)
+            m_dim = o_dim < HEAD_DIM
+            b_key = tl.load(p_key + i_batch * stride_kb + i_head * stride_kh + i_token * stride_kn + o_dim, mask=m_dim)
+            b_value = tl.load(
+                p_value + i_batch * stride_vb + i_head * stride_vh + i_token * stride_vn + o_dim, mask=m_dim
+            )
+            i_full = tl.load(p_tables + i_head).to(tl.int64)
+            i_window = tl.load(p_tables + num_kv_heads + i_head).to(tl.int64)
+            if i_full >= 0:
+                p_to = p_full_key + i_batch * stride_fkb + i_full * stride_fkh + slot * stride_fkn
+                tl.store(p_to + o_dim, b_key.to(p_full_key.dtype.element_ty), mask=m_dim)
+                p_to = p_full_value + i_batch * stride_fvb + i_full * stride_fvh + slot * stride_fvn
+                tl.store(p_to + o_dim, b_value.to(p_full_value.dtype.element_ty), mask=m_dim)
+            if i_window >= 0:
+                position = slot
+                if HAS_START:
+                    position = slot - tl.load(p_start + i_batch).to(tl.int64)
+                at = tl.where(position < num_sinks, position, num_sinks + (position - num_sinks) % ring)
+                # of two tokens of one step in one place, the later one stays
+                last = length - slot + position
+                stays = (position < num_sinks) | (position + ring >= last)
+                m_real = m_dim & (position >= 0) & stays
+                p_to = p_window_key + i_batch * stride_wkb + i_window * stride_wkh + at * stride_wkn
+                tl.store(p_to + o_dim, b_key.to(p_window_key.dtype.element_ty), mask=m_real)
+                p_to = p_window_value + i_batch * stride_wvb + i_window * stride_wvh + at * stride_wvn
+                tl.store(p_to + o_dim, b_value.to(p_window_value.dtype.element_ty), mask=m_real)
+        else:
+            i_row = i_head - num_kv_heads
+            o_r = tl.arange(0, BLOCK_R)
+            m_r = o_r < INDEX_DIM
+            p_from = p_index_new + i_batch * stride_xb + i_row * stride_xh + i_token * stride_xn
+            b_index = tl.load(p_from + o_r, mask=m_r, other=0.0)
+            p_to = p_index_key + i_batch * stride_ib + i_row.to(tl.int64) * stride_ih + slot * stride_in
+            if INT8:
+                p_scale = p_index_scale + i_batch * stride_sb + i_row.to(tl.int64) * stride_sh + slot * stride_sn
+                b_index = b_index.to(tl.float32)
+                scale = (tl.max(tl.abs(b_index), 0) / 127.0).to(p_index_scale.dtype.element_ty)
+                tl.store(p_scale, scale)
+                b_index = b_index / tl.maximum(scale.to(tl.float32), 1.1754943508222875e-38)
+                # round half to even, as torch does, by the fp32 mantissa
+                b_index = (b_index + 12582912.0) - 12582912.0
+                b_index = tl.minimum(tl.maximum(b_index, -127.0), 127.0)
+            tl.store(p_to + o_r, b_index.to(p_index_key.dtype.element_ty), mask=m_r)
+
+
 def append_step(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -93,20 +202,106 @@ def append_step(
     index_scale: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    use_triton(backend, key)
-    append_step_reference(
+    """Write a decode step's M tokens to every store of one layer, in one launch, without a host synchronisation.
+
+    Args:
+        key, value: `[B, Hkv, M, D]`, rotated. index_key_new: `[B, I, M, r]`, projected and rotated, or None.
+        full_key, full_value: `[B, F, C, D]`. index_key: `[B, I, C, r]`. window_key, window_value: `[B, W, S + R, D]`.
+        full_slot, window_slot: for each KV head its row of the full or of the window store, -1 where it has none.
+        length: int32 device tensor `[1]`: slots in use *after* the append. start: int `[B]` or None.
+        num_sinks: S. index_scale: `[B, I, C]` when `index_key` is int8; the new tokens are quantised here.
+        backend: "auto" (Triton for half precision on CUDA), "triton" or "reference".
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check_append(key, value, index_key_new, full_key, index_key, window_key, full_slot, window_slot, index_scale)
+    if not use_triton(backend, key):
+        append_step_reference(
+            key,
+            value,
+            index_key_new,
+            full_key,
+            full_value,
+            index_key,
+            window_key,
+            window_value,
+            full_slot=full_slot,
+            window_slot=window_slot,
+            length=length,
+            start=start,
+            num_sinks=num_sinks,
+            index_scale=index_scale,
+        )
+        return
+    batch, kv_heads, q_len, head_dim = key.shape
+    device = key.device
+    num_index = 0 if index_key_new is None else index_key.shape[1]
+    new = key if index_key_new is None else index_key_new
+    scale = index_key if index_scale is None else index_scale
+    _append_kernel[(kv_heads + num_index, q_len, batch)](
         key,
         value,
-        index_key_new,
+        new,
         full_key,
         full_value,
         index_key,
+        scale,
         window_key,
         window_value,
-        full_slot=full_slot,
-        window_slot=window_slot,
-        length=length,
-        start=start,
-        num_sinks=num_sinks,
-        index_scale=index_scale,
+        head_table(full_slot + window_slot, device),
+        length,
+        length if start is None else start,
+        kv_heads,
+        num_index,
+        q_len,
+        num_sinks,
+        max(window_key.shape[2] - num_sinks, 1),
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *new.stride()[:3],
+        *full_key.stride()[:3],
+        *full_value.stride()[:3],
+        *index_key.stride()[:3],
+        *scale.stride()[:3],
+        *window_key.stride()[:3],
+        *window_value.stride()[:3],
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        INDEX_DIM=index_key.shape[3],
+        BLOCK_R=triton.next_power_of_2(index_key.shape[3]),
+        INT8=index_scale is not None,
+        HAS_START=start is not None,
+        num_warps=1,
     )
+
+
+def _check_append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index_key_new: torch.Tensor | None,
+    full_key: torch.Tensor,
+    index_key: torch.Tensor,
+    window_key: torch.Tensor,
+    full_slot: tuple[int, ...],
+    window_slot: tuple[int, ...],
+    index_scale: torch.Tensor | None,
+) -> None:
+    if key.dim() != 4 or key.shape != value.shape:
+        raise ValueError(f"key and value must be [B, Hkv, M, D], got {tuple(key.shape)} and {tuple(value.shape)}")
+    if not len(full_slot) == len(window_slot) == key.shape[1]:
+        raise ValueError(
+            f"full_slot and window_slot must name each of the {key.shape[1]} KV heads, got {len(full_slot)} and "
+            f"{len(window_slot)} entries"
+        )
+    for name, store in (("full_key", full_key), ("window_key", window_key)):
+        if store.dim() != 4 or store.shape[3] != key.shape[3]:
+            raise ValueError(f"{name} must be [B, heads, slots, {key.shape[3]}], got {tuple(store.shape)}")
+    if index_key_new is None:
+        return
+    if index_key_new.shape[1] != index_key.shape[1] or index_key_new.shape[3] != index_key.shape[3]:
+        raise ValueError(
+            f"index_key_new {tuple(index_key_new.shape)} does not fit the index store {tuple(index_key.shape)}"
+        )
+    if (index_key.dtype == torch.int8) != (index_scale is not None):
+        raise ValueError(f"an int8 index store needs index_scale, and only that does; got {index_key.dtype}")

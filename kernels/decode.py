@@ -1,23 +1,25 @@
-"""Decode attention of one layer: retrieval heads over their lists, local heads over sinks + window (PAPER section 5).
+"""Decode attention of a layer: retrieval heads over their lists, local ones over sinks + window (PAPER section 5).
 
     out_h(m) = sum_{n in T_h(m)} softmax_n(scale * q_h(m) . k(n)) v(n)
 
-`T_h(m)` is the selected set of a retrieval head (`score_select.py`), or, for a local head, the sinks and the window:
-n <= m and (m - n < window or n < num_sinks), in logical positions. The stores are those of `append.py`: a local head
-whose KV head lies in the full store reads its sinks and window there, the others read the ring.
+`T_h(m)` is the selected set of a retrieval head (`score_select.py`), or, for a local head, the sinks and the
+window: n <= m and (m - n < window or n < num_sinks), in logical positions. The stores are those of `append.py`: a
+local head whose KV head lies in the full store reads its sinks and window there, the others read the ring.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from .common import masked_softmax, row_tiles, soft_cap, starts, use_triton
+from .common import HAS_TRITON, masked_softmax, row_tiles, soft_cap, starts, tl, triton, use_triton
 from .score_select import Selection
-from .workspace import DecodeWorkspace
+from .workspace import DecodeWorkspace, head_table, num_processors, tile_rows
 
 
 def _gather(store: torch.Tensor, rows: list[int], slots: torch.Tensor) -> torch.Tensor:
-    """fp32 `[B, n, L, D]`: the rows `slots` (`[B, L]` or `[B, n, L]`) of the listed heads of a store `[B, H, C, D]`."""
+    """fp32 `[B, n, L, D]`: `slots` (`[B, L]` or `[B, n, L]`) of the listed rows of a store `[B, H, C, D]`."""
     if slots.dim() == 2:
         slots = slots[:, None].expand(-1, len(rows), -1)
     b = torch.arange(store.shape[0], device=store.device)[:, None, None]
@@ -27,7 +29,7 @@ def _gather(store: torch.Tensor, rows: list[int], slots: torch.Tensor) -> torch.
 def _window_positions(
     end: int, q_len: int, window: int, num_sinks: int, first_slot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logical positions `[B, L]` that some row of the step sees through sinks or window, and who sees them `[B, M, L]`."""
+    """Logical positions `[B, L]` that local rows of the step see, and which row sees which `[B, M, L]`."""
     device = first_slot.device
     q_pos = torch.arange(end - q_len, end, device=device) - first_slot[:, None]
     span = min(window + q_len - 1, end)
@@ -80,9 +82,7 @@ def decode_attention_reference(
     )
     for store_key, store_value, table, slots in places:
         kv_heads = [
-            kv
-            for kv, row in enumerate(table)
-            if row >= 0 and any(kv * group + g not in chosen for g in range(group))
+            kv for kv, row in enumerate(table) if row >= 0 and any(kv * group + g not in chosen for g in range(group))
         ]
         if not kv_heads:
             continue
@@ -127,6 +127,414 @@ def decode_attention_reference(
     return out
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _combine_partials(
+        p_partial,
+        p_stats,
+        cta_first,
+        cta_last,
+        o_rows,
+        m_rows,
+        o_dim,
+        m_dim,
+        BLOCK_M: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        MERGE: tl.constexpr,
+        MAX_ROWS: tl.constexpr,
+        HEAD_DIM: tl.constexpr,
+    ):
+        """Merge the partial results of CTAs `cta_first..cta_last` in that order; rows of one item."""
+        b_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        o_merge = tl.arange(0, MERGE)
+        for i_first in tl.range(cta_first, cta_last + 1, MERGE):
+            i_cta = i_first + o_merge
+            m_cta = i_cta <= cta_last
+            # the CTA in which the item begins keeps it in its second place, the others in their first
+            i_slot = (i_cta * 2 + (i_cta == cta_first).to(tl.int32)).to(tl.int64)
+            o_stat = i_slot[:, None] * (2 * MAX_ROWS) + o_rows[None, :]
+            m_stat = m_cta[:, None] & m_rows[None, :]
+            # [MERGE, BLOCK_M]
+            b_some_max = tl.load(p_stats + o_stat, mask=m_stat, other=-1e30, cache_modifier=".cg")
+            b_some_sum = tl.load(p_stats + o_stat + MAX_ROWS, mask=m_stat, other=0.0, cache_modifier=".cg")
+            o_part = (i_slot[:, None] * MAX_ROWS + o_rows[None, :])[:, :, None] * HEAD_DIM + o_dim[None, None, :]
+            # [MERGE, BLOCK_M, BLOCK_D]
+            b_some = tl.load(
+                p_partial + o_part,
+                mask=m_stat[:, :, None] & m_dim[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            b_new = tl.maximum(b_max, tl.max(b_some_max, 0))
+            b_keep = tl.exp2(b_max - b_new)
+            b_weight = tl.exp2(b_some_max - b_new[None, :])
+            b_sum = b_sum * b_keep + tl.sum(b_some_sum * b_weight, 0)
+            b_out = b_out * b_keep[:, None] + tl.sum(b_some * b_weight[:, :, None], 0)
+            b_max = b_new
+        return b_max, b_sum, b_out
+
+    @triton.jit
+    def _finish(
+        b_max,
+        b_sum,
+        b_out,
+        p_sink_logits,
+        p_out,
+        o_head,
+        m_rows,
+        o_target,
+        o_dim,
+        m_dim,
+        HAS_SINK_LOGITS: tl.constexpr,
+    ):
+        """Divide by the mass (a learned sink logit adds to it) and write the rows; a row that saw nothing gives 0."""
+        if HAS_SINK_LOGITS:
+            b_logit = tl.load(p_sink_logits + o_head, mask=m_rows, other=0.0).to(tl.float32) * 1.4426950408889634
+            b_new = tl.maximum(b_max, b_logit)
+            b_keep = tl.exp2(b_max - b_new)
+            b_sum = b_sum * b_keep + tl.exp2(b_logit - b_new)
+            b_out = b_out * b_keep[:, None]
+        b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+        m_out = m_rows[:, None] & m_dim[None, :]
+        tl.store(p_out + o_target[:, None] + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+    @triton.jit
+    def _decode_attention_kernel(
+        p_query,
+        p_full_key,
+        p_full_value,
+        p_window_key,
+        p_window_value,
+        p_indices,
+        p_counts,
+        p_tables,
+        p_length,
+        p_start,
+        p_sink_logits,
+        p_out,
+        p_partial,
+        p_stats,
+        p_arrived,
+        scale,
+        softcap,
+        num_local,
+        num_retrieval,
+        batch,
+        q_len,
+        window,
+        num_sinks,
+        ring,
+        stride_qb,
+        stride_qh,
+        stride_qm,
+        stride_fkb,
+        stride_fkh,
+        stride_fkn,
+        stride_fvb,
+        stride_fvh,
+        stride_fvn,
+        stride_wkb,
+        stride_wkh,
+        stride_wkn,
+        stride_wvb,
+        stride_wvh,
+        stride_wvn,
+        stride_ob,
+        stride_om,
+        stride_oh,
+        stride_indices,
+        GROUP: tl.constexpr,
+        HEAD_DIM: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ITEMS: tl.constexpr,
+        MAX_ROWS: tl.constexpr,
+        MERGE_LOCAL: tl.constexpr,
+        MERGE_ONE: tl.constexpr,
+        HAS_START: tl.constexpr,
+        HAS_SOFTCAP: tl.constexpr,
+        HAS_SINK_LOGITS: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """Persistent CTAs over one flat row of work units (BLOCK_N keys each), cut into equal contiguous shares.
+
+        Items: the (batch, KV head) pairs with local query heads, whose group is packed into the rows of a tile,
+        then the (batch, retrieval head, query) rows. A CTA's share may end one item and begin the next. An item
+        that several CTAs share is merged, in CTA order, by whichever of them arrives last.
+
+        Tables (int32): local KV head [num_local], its store row [num_local], whether that is the ring [num_local],
+        retrieval query head [num_retrieval], its row of the full store [num_retrieval], and for each query head
+        whether it is a local one.
+        """
+        LOG2E: tl.constexpr = 1.4426950408889634
+        length = tl.load(p_length).to(tl.int32)
+        p_retrieval = p_tables + 3 * num_local
+        p_is_local = p_retrieval + 2 * num_retrieval
+        num_local_items = batch * num_local
+        num_items = num_local_items + batch * num_retrieval * q_len
+
+        # [ITEMS]: tokens and units of every item
+        o_item = tl.arange(0, ITEMS)
+        m_local = o_item < num_local_items
+        b_begin = tl.zeros([ITEMS], dtype=tl.int32)
+        if HAS_START:
+            b_begin = tl.load(p_start + o_item // tl.maximum(num_local, 1), mask=m_local, other=0).to(tl.int32)
+        b_real = length - b_begin
+        b_low = tl.maximum(b_real - q_len + 1 - window, num_sinks)
+        b_tokens = tl.maximum(tl.minimum(b_real, num_sinks), 0) + tl.maximum(b_real - b_low, 0)
+        m_chosen = (o_item >= num_local_items) & (o_item < num_items)
+        b_listed = tl.load(p_counts + o_item - num_local_items, mask=m_chosen, other=0) * BLOCK
+        b_tokens = tl.where(m_local, b_tokens, b_listed)
+        # an item without keys still has its zeros to write
+        b_units = tl.where(o_item < num_items, tl.maximum(tl.cdiv(b_tokens, BLOCK_N), 1), 0)
+        b_ends = tl.cumsum(b_units, 0)
+        num_units = tl.sum(b_units, 0)
+
+        i_cta = tl.program_id(0)
+        num_ctas = tl.minimum(tl.num_programs(0), num_units)
+        i_unit = (tl.cast(i_cta, tl.int64) * num_units // num_ctas).to(tl.int32)
+        end_unit = (tl.cast(i_cta + 1, tl.int64) * num_units // num_ctas).to(tl.int32)
+        end_unit = tl.where(i_cta < num_ctas, end_unit, i_unit)
+
+        o_m = tl.arange(0, BLOCK_M)
+        o_n = tl.arange(0, BLOCK_N)
+        o_dim = tl.arange(0, BLOCK_D)
+        m_dim = o_dim < HEAD_DIM
+        while i_unit < end_unit:
+            i_item = tl.sum((b_ends <= i_unit).to(tl.int32), 0)
+            item_units = tl.sum(tl.where(o_item == i_item, b_units, 0), 0)
+            item_tokens = tl.sum(tl.where(o_item == i_item, b_tokens, 0), 0)
+            item_first = tl.sum(tl.where(o_item == i_item, b_ends, 0), 0) - item_units
+            stop_unit = tl.minimum(end_unit, item_first + item_units)
+            is_local = i_item < num_local_items
+            if is_local:
+                i_batch = i_item // num_local
+                i_entry = i_item % num_local
+                i_head = tl.load(p_tables + i_entry) * GROUP
+                i_store = tl.load(p_tables + num_local + i_entry)
+                in_ring = tl.load(p_tables + 2 * num_local + i_entry) > 0
+                o_head = i_head + o_m // q_len
+                o_query = o_m % q_len
+                m_rows = o_m < GROUP * q_len
+                m_write = m_rows & (tl.load(p_is_local + o_head, mask=m_rows, other=0) > 0)
+            else:
+                i_row = i_item - num_local_items
+                i_batch = i_row // q_len // num_retrieval
+                i_entry = (i_row // q_len) % num_retrieval
+                i_head = tl.load(p_retrieval + i_entry)
+                i_store = tl.load(p_retrieval + num_retrieval + i_entry)
+                in_ring = i_item < 0
+                o_head = i_head + o_m * 0
+                o_query = i_row % q_len + o_m * 0
+                m_rows = o_m < 1
+                m_write = m_rows
+            begin = i_batch * 0
+            if HAS_START:
+                begin = tl.load(p_start + i_batch).to(tl.int32)
+            i_far = i_batch.to(tl.int64)
+            i_store = i_store.to(tl.int64)
+            if in_ring:
+                p_key = p_window_key + i_far * stride_wkb + i_store * stride_wkh
+                p_value = p_window_value + i_far * stride_wvb + i_store * stride_wvh
+                stride_kn = tl.cast(stride_wkn, tl.int64)
+                stride_vn = tl.cast(stride_wvn, tl.int64)
+            else:
+                p_key = p_full_key + i_far * stride_fkb + i_store * stride_fkh
+                p_value = p_full_value + i_far * stride_fvb + i_store * stride_fvh
+                stride_kn = tl.cast(stride_fkn, tl.int64)
+                stride_vn = tl.cast(stride_fvn, tl.int64)
+            p_list = p_indices + tl.maximum(i_item - num_local_items, 0).to(tl.int64) * stride_indices
+            real = length - begin
+            sinks = tl.minimum(real, num_sinks)
+            low = tl.maximum(real - q_len + 1 - window, num_sinks)
+            b_q_pos = real - q_len + o_query
+            reach = tl.where(is_local, window, 1 << 30)
+            listed_tokens = tl.where(is_local, 0, item_tokens)
+            # [BLOCK_M, BLOCK_D]
+            o_q = i_far * stride_qb + o_head[:, None] * stride_qh + o_query[:, None] * stride_qm + o_dim[None, :]
+            b_query = tl.load(p_query + o_q, mask=m_rows[:, None] & m_dim[None, :], other=0.0)
+
+            b_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+            b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+            b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+            for i_step in tl.range(i_unit - item_first, stop_unit - item_first, num_stages=STAGES):
+                o_token = i_step * BLOCK_N + o_n
+                m_token = o_token < item_tokens
+                b_block = tl.load(p_list + o_token // BLOCK, mask=o_token < listed_tokens, other=0)
+                b_near = tl.where(o_token < sinks, o_token, low - sinks + o_token)
+                b_pos = tl.where(is_local, b_near, b_block * BLOCK + o_token % BLOCK)
+                b_wrapped = tl.where(b_pos < num_sinks, b_pos, num_sinks + (b_pos - num_sinks) % ring)
+                b_slot = tl.where(in_ring, b_wrapped, b_pos + begin).to(tl.int64)
+                m_token = m_token & (b_pos < real)
+                m_load = m_token[:, None] & m_dim[None, :]
+                # [BLOCK_N, BLOCK_D]
+                b_key = tl.load(p_key + b_slot[:, None] * stride_kn + o_dim[None, :], mask=m_load, other=0.0)
+                # [BLOCK_M, BLOCK_N]
+                b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale
+                if HAS_SOFTCAP:
+                    # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+                    b_score = softcap * (1.0 - 2.0 / (tl.exp2(b_score * (2.0 * LOG2E) / softcap) + 1.0))
+                b_score *= LOG2E
+                b_distance = b_q_pos[:, None] - b_pos[None, :]
+                m_near = (b_distance < reach) | (b_pos < num_sinks)[None, :]
+                m_seen = (b_distance >= 0) & m_near & m_token[None, :]
+                b_new = tl.maximum(b_max, tl.max(tl.where(m_seen, b_score, -1e30), 1))
+                b_weight = tl.where(m_seen, tl.exp2(b_score - b_new[:, None]), 0.0)
+                b_keep = tl.exp2(b_max - b_new)
+                b_sum = b_sum * b_keep + tl.sum(b_weight, 1)
+                # [BLOCK_N, BLOCK_D]
+                b_value = tl.load(p_value + b_slot[:, None] * stride_vn + o_dim[None, :], mask=m_load, other=0.0)
+                b_out = b_out * b_keep[:, None]
+                b_out = tl.dot(b_weight.to(b_value.dtype), b_value, b_out, input_precision="ieee")
+                b_max = b_new
+
+            o_target = i_far * stride_ob + o_query.to(tl.int64) * stride_om + o_head * stride_oh
+            if stop_unit - i_unit == item_units:
+                _finish(
+                    b_max,
+                    b_sum,
+                    b_out,
+                    p_sink_logits,
+                    p_out,
+                    o_head,
+                    m_write,
+                    o_target,
+                    o_dim,
+                    m_dim,
+                    HAS_SINK_LOGITS,
+                )
+            else:
+                i_slot = (i_cta * 2 + (i_unit == item_first).to(tl.int32)).to(tl.int64)
+                tl.store(p_stats + i_slot * (2 * MAX_ROWS) + o_m, b_max, mask=m_rows)
+                tl.store(p_stats + i_slot * (2 * MAX_ROWS) + MAX_ROWS + o_m, b_sum, mask=m_rows)
+                o_part = (i_slot * MAX_ROWS + o_m)[:, None] * HEAD_DIM + o_dim[None, :]
+                tl.store(p_partial + o_part, b_out, mask=m_rows[:, None] & m_dim[None, :])
+                cta_first = ((tl.cast(item_first + 1, tl.int64) * num_ctas - 1) // num_units).to(tl.int32)
+                last_unit = item_first + item_units
+                cta_last = ((tl.cast(last_unit, tl.int64) * num_ctas - 1) // num_units).to(tl.int32)
+                tl.debug_barrier()
+                arrived = tl.atomic_add(p_arrived + i_item, 1, sem="acq_rel")
+                if arrived == cta_last - cta_first:
+                    tl.debug_barrier()
+                    tl.store(p_arrived + i_item, 0)
+                    if is_local:
+                        b_max, b_sum, b_out = _combine_partials(
+                            p_partial,
+                            p_stats,
+                            cta_first,
+                            cta_last,
+                            o_m,
+                            m_rows,
+                            o_dim,
+                            m_dim,
+                            BLOCK_M,
+                            BLOCK_D,
+                            MERGE_LOCAL,
+                            MAX_ROWS,
+                            HEAD_DIM,
+                        )
+                        _finish(
+                            b_max,
+                            b_sum,
+                            b_out,
+                            p_sink_logits,
+                            p_out,
+                            o_head,
+                            m_write,
+                            o_target,
+                            o_dim,
+                            m_dim,
+                            HAS_SINK_LOGITS,
+                        )
+                    else:
+                        o_one = tl.arange(0, 1)
+                        b_one_max, b_one_sum, b_one = _combine_partials(
+                            p_partial,
+                            p_stats,
+                            cta_first,
+                            cta_last,
+                            o_one,
+                            o_one < 1,
+                            o_dim,
+                            m_dim,
+                            1,
+                            BLOCK_D,
+                            MERGE_ONE,
+                            MAX_ROWS,
+                            HEAD_DIM,
+                        )
+                        i_target = i_far * stride_ob + (i_item - num_local_items) % q_len * stride_om
+                        _finish(
+                            b_one_max,
+                            b_one_sum,
+                            b_one,
+                            p_sink_logits,
+                            p_out,
+                            i_head + o_one,
+                            o_one < 1,
+                            i_target + (i_head + o_one) * stride_oh,
+                            o_dim,
+                            m_dim,
+                            HAS_SINK_LOGITS,
+                        )
+            i_unit = stop_unit
+
+
+# by capability: CTAs a multiprocessor holds, keys of a tile for 128 dimensions, warps, pipeline stages
+_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 64, "warps": 4, "stages": 3}
+
+
+def _layer_tables(
+    num_heads: int, retrieval_heads: tuple[int, ...], full_slot: tuple[int, ...], window_slot: tuple[int, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """How many KV heads have local query heads, and the kernel's tables (see `_decode_attention_kernel`)."""
+    group = num_heads // len(full_slot)
+    chosen = set(retrieval_heads)
+    local = [kv for kv in range(len(full_slot)) if any(kv * group + g not in chosen for g in range(group))]
+    tables = [
+        *local,
+        *(full_slot[kv] if full_slot[kv] >= 0 else window_slot[kv] for kv in local),
+        *(int(full_slot[kv] < 0) for kv in local),
+        *retrieval_heads,
+        *(full_slot[head // group] for head in retrieval_heads),
+        *(int(head not in chosen) for head in range(num_heads)),
+    ]
+    return len(local), tuple(tables)
+
+
+_layer_tables_cached = lru_cache(maxsize=1024)(_layer_tables)
+
+
+def _check_attend(
+    query: torch.Tensor,
+    full_key: torch.Tensor,
+    window_key: torch.Tensor,
+    selection: Selection | None,
+    retrieval_heads: tuple[int, ...],
+    full_slot: tuple[int, ...],
+    window_slot: tuple[int, ...],
+    out: torch.Tensor,
+) -> None:
+    if query.dim() != 4 or query.shape[1] % len(full_slot) or len(full_slot) != len(window_slot):
+        raise ValueError(
+            f"query must be [B, Hq, M, D] with Hq a multiple of the KV heads, and full_slot and window_slot must name "
+            f"each KV head; got {tuple(query.shape)}, {len(full_slot)} and {len(window_slot)} entries"
+        )
+    batch, num_heads, q_len, head_dim = query.shape
+    if tuple(out.shape) != (batch, q_len, num_heads, head_dim):
+        raise ValueError(f"out must be {(batch, q_len, num_heads, head_dim)}, got {tuple(out.shape)}")
+    for name, store in (("full_key", full_key), ("window_key", window_key)):
+        if store.dim() != 4 or store.shape[3] != head_dim:
+            raise ValueError(f"{name} must be [B, heads, slots, {head_dim}], got {tuple(store.shape)}")
+    if retrieval_heads and selection is None:
+        raise ValueError(f"{len(retrieval_heads)} retrieval heads need a selection, got None")
+
+
 def decode_attention(
     query: torch.Tensor,
     full_key: torch.Tensor,
@@ -150,24 +558,137 @@ def decode_attention(
     workspace: DecodeWorkspace | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    use_triton(backend, query)
-    return decode_attention_reference(
+    """Attention of every query head of one layer for a decode step, in one launch, without a host synchronisation.
+
+    Args:
+        query: `[B, Hq, M, D]`, rotated; D 64, 80, 96, 128 or 256.
+        full_key, full_value: `[B, F, C, D]`. window_key, window_value: `[B, W, S + R, D]`. Unit stride on D. This
+            step's tokens are in them already.
+        selection: of the retrieval heads, in their order; None when there are none.
+        retrieval_heads: query heads that read their lists; the others are local.
+        full_slot, window_slot: for each KV head its row of the full or of the window store, -1 where it has none.
+        length: int32 device tensor `[1]`, slots in use. start: int `[B]` or None. Both as in `select_top_p`.
+        window: keys that a local head sees, its own included. num_sinks: S.
+        block_size: of the selection. scale: of q . k.
+        out: `[B, M, Hq, D]`, written whole.
+        softcap: of the scores, or None. sink_logits: `[Hq]`, learned logits in the denominator, or None.
+        workspace, backend: as in `select_top_p`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a workspace that is too small.
+    """
+    _check_attend(query, full_key, window_key, selection, retrieval_heads, full_slot, window_slot, out)
+    if not use_triton(backend, query):
+        return decode_attention_reference(
+            query,
+            full_key,
+            full_value,
+            window_key,
+            window_value,
+            selection,
+            retrieval_heads=retrieval_heads,
+            full_slot=full_slot,
+            window_slot=window_slot,
+            length=length,
+            start=start,
+            window=window,
+            num_sinks=num_sinks,
+            block_size=block_size,
+            scale=scale,
+            out=out,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
+    batch, num_heads, q_len, head_dim = query.shape
+    group = num_heads // len(full_slot)
+    device = query.device
+    num_local, tables = _layer_tables_cached(num_heads, retrieval_heads, full_slot, window_slot)
+    num_items = batch * num_local + batch * len(retrieval_heads) * q_len
+    if workspace is None:
+        workspace = DecodeWorkspace(
+            batch=batch,
+            retrieval_heads=len(retrieval_heads),
+            queries=q_len,
+            capacity=1,
+            query_heads=num_heads,
+            kv_heads=len(full_slot),
+            head_dim=head_dim,
+            block_size=block_size,
+            device=device,
+        )
+    block_m = tile_rows(group, q_len)
+    if num_items > workspace.items or block_m > workspace.tile_rows or head_dim > workspace.head_dim:
+        raise ValueError(
+            f"the workspace is for {workspace.items} items, {workspace.tile_rows} tile rows and head_dim "
+            f"{workspace.head_dim}, this step has {num_items}, {block_m} and {head_dim}; make it with the step's "
+            f"batch, heads and queries"
+        )
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    if out.stride(3) != 1 or full_key.stride(3) != 1 or window_key.stride(3) != 1:
+        raise ValueError("out and the stores need unit stride on their last axis")
+    on_gpu = query.is_cuda
+    block_d = triton.next_power_of_2(head_dim)
+    block_n = max(16, _ATTEND_CONFIG["tile_keys"] * 128 // max(block_d, 128)) if on_gpu else 16
+    merge = 8192 if on_gpu else 1024
+    indices, counts = _no_selection(device) if selection is None else selection
+    first_slot = length if start is None else start
+    _decode_attention_kernel[(min(_ATTEND_CONFIG["ctas"] * num_processors(device), workspace.ctas),)](
         query,
         full_key,
         full_value,
         window_key,
         window_value,
-        selection,
-        retrieval_heads=retrieval_heads,
-        full_slot=full_slot,
-        window_slot=window_slot,
-        length=length,
-        start=start,
-        window=window,
-        num_sinks=num_sinks,
-        block_size=block_size,
-        scale=scale,
-        out=out,
-        softcap=softcap,
-        sink_logits=sink_logits,
+        indices,
+        counts,
+        head_table(tables, device),
+        length,
+        first_slot,
+        query if sink_logits is None else sink_logits,
+        out,
+        workspace.partial,
+        workspace.stats,
+        workspace.arrived,
+        scale,
+        1.0 if softcap is None else softcap,
+        num_local,
+        len(retrieval_heads),
+        batch,
+        q_len,
+        window,
+        num_sinks,
+        max(window_key.shape[2] - num_sinks, 1),
+        *query.stride()[:3],
+        *full_key.stride()[:3],
+        *full_value.stride()[:3],
+        *window_key.stride()[:3],
+        *window_value.stride()[:3],
+        *out.stride()[:3],
+        indices.stride(2),
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        BLOCK=block_size,
+        ITEMS=triton.next_power_of_2(max(num_items, 2)),
+        MAX_ROWS=block_m,
+        MERGE_LOCAL=max(1, merge // (block_m * block_d)),
+        MERGE_ONE=max(1, min(64, merge // block_d)),
+        HAS_START=start is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SINK_LOGITS=sink_logits is not None,
+        STAGES=_ATTEND_CONFIG["stages"],
+        num_warps=_ATTEND_CONFIG["warps"],
     )
+    return out
+
+
+@lru_cache(maxsize=16)
+def _no_selection(device: torch.device) -> Selection:
+    """The empty selection of a layer without retrieval heads."""
+    empty = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
+    return Selection(empty, empty[..., 0])

@@ -1,8 +1,8 @@
 """Score and select at decode: the top-p set of each query row as an ascending list (PAPER sections 4 and 5).
 
-    s(m, n) = iq(m) . ik(n)          the set: the fewest blocks whose softmax(s(m, .)) mass reaches p, see `top_p.py`
+    s(m, n) = iq(m) . ik(n)        the set: the fewest blocks whose softmax(s(m, .)) mass reaches p (`top_p.py`)
 
-The list holds *logical* block numbers: block b is the logical positions [b * block_size, (b + 1) * block_size).
+The list holds *logical* block numbers: block b is the logical positions b * block_size to (b + 1) * block_size - 1.
 Not for prefill, where the rows are many and share tiles of keys.
 """
 
@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from .common import starts, use_triton
+from .common import HAS_TRITON, starts, tl, triton, use_triton
 from .top_p import index_scores_reference, top_p_set_reference
-from .workspace import DecodeWorkspace
+from .workspace import HISTOGRAM_BINS, DecodeWorkspace, head_table, num_processors
 
 
 class Selection(NamedTuple):
     """The selected blocks of every query row of a decode step.
 
-    indices: int32 `[B, n, M, K]`, ascending logical block numbers; only the first `counts` of a row mean anything.
+    indices: int32 `[B, n, M, K]`, ascending logical block numbers; only the first `counts` of a row count.
     counts: int32 `[B, n, M]`.
     """
 
@@ -48,9 +48,7 @@ def selection_mask(
     listed = torch.arange(indices.shape[-1], device=device) < counts[..., None]
     # entries past the count go to a column that is dropped
     column = torch.where(listed, indices.long(), blocks)
-    chosen = torch.zeros(*counts.shape, blocks + 1, dtype=torch.bool, device=device).scatter_(
-        -1, column, True
-    )
+    chosen = torch.zeros(*counts.shape, blocks + 1, dtype=torch.bool, device=device).scatter_(-1, column, True)
     slots = torch.arange(num_slots, device=device)
     position = slots - starts(start, batch, device)[:, None]
     block = position.clamp_min(0).div(block_size, rounding_mode="floor")[:, None, None]
@@ -82,9 +80,7 @@ def select_top_p_reference(
     q_slots = torch.arange(end - q_len, end, device=device)
     # [B, 1, M, slots]
     valid = ((slots <= q_slots[:, None]) & (slots >= first_slot[:, None, None]))[:, None]
-    chosen = top_p_set_reference(
-        scores, valid, top_p=top_p, min_tokens=min_tokens, block_size=block_size, start=start
-    )
+    chosen = top_p_set_reference(scores, valid, top_p=top_p, min_tokens=min_tokens, block_size=block_size, start=start)
     blocks = max(-(-end // block_size), 1)
     position = (slots - first_slot[:, None]).clamp_min(0)
     block = position.div(block_size, rounding_mode="floor")[:, None, None].expand_as(chosen)
@@ -97,6 +93,428 @@ def select_top_p_reference(
     numbers = torch.arange(blocks, dtype=torch.int32, device=device).expand_as(target)
     indices = torch.zeros(*counts.shape, blocks + 1, dtype=torch.int32, device=device)
     return Selection(indices.scatter_(-1, target, numbers)[..., :blocks], counts)
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _query_matrix(p_query, HEAD: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr):
+        """fp32 `[LANES * PADDED, LANES]`: column t holds the query at rows t * PADDED..; one dot scores LANES keys."""
+        o_k = tl.arange(0, LANES * PADDED)
+        o_t = tl.arange(0, LANES)
+        mine = ((o_k // PADDED)[:, None] == o_t[None, :]) & ((o_k % PADDED) < HEAD)[:, None]
+        return tl.load(p_query + (o_k % PADDED)[:, None] + 0 * o_t[None, :], mask=mine, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _score_range(
+        p_query,
+        p_key,
+        p_scale,
+        p_codes,
+        p_tile_max,
+        p_histogram,
+        p_peak,
+        num_seen,
+        first,
+        last,
+        stride_kn,
+        stride_sn,
+        HEAD: tl.constexpr,
+        PADDED: tl.constexpr,
+        ROWS: tl.constexpr,
+        LANES: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BINS: tl.constexpr,
+        STEPS: tl.constexpr,
+        SPLIT_QUERY: tl.constexpr,
+        INT8: tl.constexpr,
+        CONTIGUOUS: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """Score tiles `first..last` of one query row; leave their codes, tile maxima and one histogram behind.
+
+        Scores are counted in steps of 1/STEPS octave, floor(STEPS * log2(e) * s): absolute numbers, so that the
+        histograms of different CTAs share their bin edges. A histogram is circular, bin = step mod BINS, and
+        holds the BINS - 1 steps below the largest seen (`peak`). A code is the distance to the tile's maximum.
+        """
+        TILE: tl.constexpr = ROWS * LANES
+        UNITS: tl.constexpr = TILE // BLOCK
+        LOG2E: tl.constexpr = 1.4426950408889634
+        FLOOR: tl.constexpr = -32768
+        o_row = tl.arange(0, ROWS)
+        o_lane = tl.arange(0, LANES)
+        o_k = tl.arange(0, LANES * PADDED)
+        o_bin = tl.arange(0, BINS)
+        # [LANES * PADDED, LANES]
+        b_query = _query_matrix(p_query, HEAD, PADDED, LANES)
+        factor = LOG2E
+        if INT8:
+            # 14 bits of the query in two int8 parts: the products are exact
+            step = tl.maximum(tl.max(tl.max(tl.abs(b_query), 1), 0), 1e-30) / 8128.0
+            b_query = tl.floor(b_query / step + 0.5)
+            b_upper = tl.floor((b_query + 64.0) / 128.0)
+            b_high = b_upper.to(tl.int8)
+            b_low = (b_query - 128.0 * b_upper).to(tl.int8)
+            factor = factor * step
+        else:
+            b_high = b_query.to(p_key.dtype.element_ty)
+            if SPLIT_QUERY:
+                b_low = (b_query - b_high.to(tl.float32)).to(p_key.dtype.element_ty)
+        if CONTIGUOUS:
+            o_key = o_row[:, None] * (LANES * PADDED) + o_k[None, :]
+        else:
+            o_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) * stride_kn + (o_k % PADDED)[None, :]
+        o_token = o_row[:, None] * LANES + o_lane[None, :]
+        b_histogram = tl.zeros([BINS], dtype=tl.int32)
+        peak = tl.full((), FLOOR, tl.int32)
+        for i_tile in tl.range(first, last, num_stages=STAGES):
+            left = num_seen - i_tile * TILE
+            m_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) < left
+            if HEAD != PADDED:
+                m_key = m_key & ((o_k % PADDED) < HEAD)[None, :]
+            # [ROWS, LANES * PADDED]
+            p_tile = p_key + tl.cast(i_tile * TILE, tl.int64) * stride_kn
+            b_key = tl.load(p_tile + o_key, mask=m_key, other=0)
+            # [ROWS, LANES]
+            if INT8:
+                b_score = (tl.dot(b_key, b_high) * 128 + tl.dot(b_key, b_low)).to(tl.float32)
+                b_scale = tl.load(
+                    p_scale + tl.cast(i_tile * TILE, tl.int64) * stride_sn + o_token * stride_sn,
+                    mask=o_token < left,
+                    other=0.0,
+                )
+                b_score *= b_scale.to(tl.float32)
+            else:
+                b_score = tl.dot(b_key, b_high, input_precision="ieee")
+                if SPLIT_QUERY:
+                    b_score = tl.dot(b_key, b_low, b_score, input_precision="ieee")
+            b_score *= factor
+            if BLOCK == 1:
+                b_value = b_score * STEPS
+                m_unit = o_token < left
+                o_unit = o_token
+            else:
+                b_score = tl.where(o_token < left, b_score, -1e30)
+                b_block = tl.reshape(b_score, [UNITS, BLOCK])
+                b_top = tl.max(b_block, 1)
+                b_value = (b_top + tl.log2(tl.sum(tl.exp2(b_block - b_top[:, None]), 1))) * STEPS
+                o_unit = tl.arange(0, UNITS)
+                m_unit = o_unit * BLOCK < left
+            b_step = tl.minimum(tl.maximum(tl.floor(b_value), -32000.0), 32000.0).to(tl.int32)
+            b_step = tl.where(m_unit, b_step, FLOOR)
+            if BLOCK == 1:
+                tile_max = tl.max(tl.max(b_step, 1), 0)
+            else:
+                tile_max = tl.max(b_step, 0)
+            b_code = tl.minimum(tile_max - b_step, BINS - 1)
+            tl.store(p_codes + tl.cast(i_tile, tl.int64) * UNITS + o_unit, b_code.to(tl.uint8), mask=m_unit)
+            tl.store(p_tile_max + i_tile, tile_max)
+            new_peak = tl.maximum(peak, tile_max)
+            # bins that the raised window takes over from steps that fell out of it
+            b_histogram = tl.where(new_peak - ((new_peak - o_bin) & (BINS - 1)) > peak, 0, b_histogram)
+            peak = new_peak
+            m_count = m_unit & (b_step > peak - (BINS - 1))
+            if BLOCK == 1:
+                b_bin = tl.reshape(b_step & (BINS - 1), [TILE])
+                m_bin = tl.reshape(m_count, [TILE])
+                b_histogram += tl.histogram(b_bin, BINS, mask=m_bin)
+            else:
+                b_histogram += tl.histogram(b_step & (BINS - 1), BINS, mask=m_count)
+        tl.store(p_histogram + o_bin, b_histogram)
+        tl.store(p_peak, peak)
+
+    @triton.jit
+    def _compact_range(
+        p_codes,
+        p_tile_max,
+        p_histogram,
+        p_peak,
+        p_indices,
+        p_counts,
+        num_units,
+        wanted_units,
+        top_p,
+        i_split,
+        num_splits,
+        first,
+        last,
+        UNITS: tl.constexpr,
+        BINS: tl.constexpr,
+        STEPS: tl.constexpr,
+        TILES: tl.constexpr,
+        SPLITS: tl.constexpr,
+        SPLIT_ROWS: tl.constexpr,
+    ):
+        """Find the row's threshold from all its histograms, and list the selected units of tiles `first..last`."""
+        o_split = tl.arange(0, SPLITS)
+        o_far = tl.arange(0, BINS)
+        b_peaks = tl.load(p_peak + o_split, mask=o_split < num_splits, other=-32768, cache_modifier=".cg")
+        top = tl.max(b_peaks, 0)
+        # bins in the order of falling scores: distance 0 holds the row's maximum
+        o_bin = (top - o_far) & (BINS - 1)
+        b_all = tl.zeros([BINS], dtype=tl.int32)
+        b_before = tl.zeros([BINS], dtype=tl.int32)
+        o_some = tl.arange(0, SPLIT_ROWS)
+        for i_first in tl.range(0, num_splits, SPLIT_ROWS):
+            i_some = i_first + o_some
+            m_some = i_some < num_splits
+            b_peak = tl.load(p_peak + i_some, mask=m_some, other=-32768, cache_modifier=".cg")
+            # a split whose maximum is lower holds other steps in the bins above it
+            m_bins = m_some[:, None] & ((top - o_far)[None, :] <= b_peak[:, None]) & (o_far < BINS - 1)[None, :]
+            # [SPLIT_ROWS, BINS]
+            b_some = tl.load(
+                p_histogram + i_some[:, None] * BINS + o_bin[None, :], mask=m_bins, other=0, cache_modifier=".cg"
+            )
+            b_all += tl.sum(b_some, 0)
+            b_before += tl.sum(tl.where((i_some < i_split)[:, None], b_some, 0), 0)
+        b_count = tl.cumsum(b_all, 0)
+        inside = tl.sum(b_all, 0)
+        # a unit at distance d weighs between 2^(-d/STEPS) and one step more, relative to the top edge's lower end
+        b_low = tl.exp2(-o_far.to(tl.float32) / STEPS) * b_all.to(tl.float32)
+        b_high = b_low * tl.exp2(1.0 / STEPS + 0.0 * b_low)
+        b_selected = tl.cumsum(b_low, 0)
+        below = (num_units - inside).to(tl.float32) * tl.exp2(-(BINS - 2.0) / STEPS + 0.0 * top_p)
+        b_rest = tl.sum(b_high, 0) - tl.cumsum(b_high, 0) + below
+        m_mass = b_selected >= top_p * (b_selected + b_rest)
+        m_enough = m_mass & (b_count >= wanted_units)
+        cut = tl.min(tl.where(m_enough, o_far, BINS), 0)
+        mass_cut = tl.min(tl.where(m_mass, o_far, BINS), 0)
+        # units below the window of the histogram, latest first: only to reach the floor on the count
+        extra = num_units * 0
+        if cut == BINS:
+            cut = BINS - 2
+            extra = num_units - inside
+            if mass_cut < BINS:
+                extra = tl.minimum(extra, wanted_units - inside)
+        m_cut = o_far <= cut
+        lowest = top - cut
+        offset = tl.sum(tl.where(m_cut, b_before, 0), 0)
+        total = tl.sum(tl.where(m_cut, b_all, 0), 0)
+        under_before = first * UNITS - tl.sum(b_before, 0)
+        # rank, counted from the first unit, from which on units below the window are taken
+        under_skip = (num_units - inside) - extra
+        offset += tl.maximum(under_before - under_skip, 0)
+        if i_split == 0:
+            tl.store(p_counts, total + extra)
+        o_tile = tl.arange(0, TILES)
+        o_unit = tl.arange(0, UNITS)
+        for i_tile in tl.range(first, last, TILES):
+            i_tiles = i_tile + o_tile
+            m_tiles = i_tiles < last
+            # a tile is compared by its own maximum: code <= limit
+            b_tile_max = tl.load(p_tile_max + i_tiles, mask=m_tiles, other=-65536, cache_modifier=".cg")
+            b_limit = b_tile_max - lowest
+            if (tl.max(b_limit, 0) >= 0) | (extra > 0):
+                i_unit = i_tiles[:, None] * UNITS + o_unit[None, :]
+                m_unit = m_tiles[:, None] & (i_unit < num_units)
+                b_code = tl.load(p_codes + i_unit, mask=m_unit, other=255, cache_modifier=".cg").to(tl.int32)
+                b_taken = (m_unit & (b_code <= b_limit[:, None])).to(tl.int32)
+                if extra > 0:
+                    m_under = m_unit & (b_code > (b_tile_max - (top - (BINS - 2)))[:, None])
+                    b_under = tl.reshape(m_under.to(tl.int32), [TILES * UNITS])
+                    b_rank = under_before + tl.cumsum(b_under, 0)
+                    under_before += tl.sum(b_under, 0)
+                    b_late = tl.reshape(((b_under > 0) & (b_rank > under_skip)).to(tl.int32), [TILES, UNITS])
+                    b_taken = tl.maximum(b_taken, b_late)
+                b_flat = tl.reshape(b_taken, [TILES * UNITS])
+                b_place = offset + tl.cumsum(b_flat, 0) - b_flat
+                o_flat = i_tile * UNITS + tl.arange(0, TILES * UNITS)
+                tl.store(p_indices + b_place, o_flat, mask=b_flat > 0)
+                offset += tl.sum(b_flat, 0)
+
+    @triton.jit
+    def _wait_for_all(p_arrived, p_generation, count):
+        """Barrier between the `count` CTAs of a query row, which must all be resident."""
+        generation = tl.atomic_add(p_generation, 0, sem="acquire")
+        tl.debug_barrier()
+        if tl.atomic_add(p_arrived, 1, sem="acq_rel") == count - 1:
+            tl.atomic_xchg(p_arrived, 0, sem="relaxed")
+            tl.atomic_add(p_generation, 1, sem="release")
+        else:
+            while tl.atomic_add(p_generation, 0, sem="acquire") == generation:
+                pass
+        tl.debug_barrier()
+
+    @triton.jit
+    def _score_select_kernel(
+        p_query,
+        p_key,
+        p_scale,
+        p_codes,
+        p_tile_max,
+        p_histogram,
+        p_peak,
+        p_barrier,
+        p_indices,
+        p_counts,
+        p_index_heads,
+        p_length,
+        p_start,
+        top_p,
+        min_tokens,
+        num_heads,
+        q_len,
+        num_splits,
+        stride_qb,
+        stride_qh,
+        stride_qm,
+        stride_kb,
+        stride_kh,
+        stride_kn,
+        stride_sb,
+        stride_sh,
+        stride_sn,
+        stride_codes,
+        stride_tiles,
+        stride_indices,
+        HEAD: tl.constexpr,
+        PADDED: tl.constexpr,
+        ROWS: tl.constexpr,
+        LANES: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BINS: tl.constexpr,
+        STEPS: tl.constexpr,
+        TILES: tl.constexpr,
+        SPLITS: tl.constexpr,
+        SPLIT_ROWS: tl.constexpr,
+        SPLIT_QUERY: tl.constexpr,
+        INT8: tl.constexpr,
+        CONTIGUOUS: tl.constexpr,
+        HAS_START: tl.constexpr,
+        SCORE: tl.constexpr,
+        COMPACT: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """CTA (query row, split): score its share of the keys, wait for the row's other splits, list its share."""
+        TILE: tl.constexpr = ROWS * LANES
+        UNITS: tl.constexpr = TILE // BLOCK
+        i_row = tl.program_id(0) // num_splits
+        i_split = tl.program_id(0) % num_splits
+        i_query = i_row % q_len
+        i_head = (i_row // q_len) % num_heads
+        i_batch = (i_row // q_len // num_heads).to(tl.int64)
+        begin = i_row * 0
+        if HAS_START:
+            begin = tl.load(p_start + i_batch).to(tl.int32)
+        # keys up to the row's own, counted from the first real token
+        num_seen = tl.maximum(tl.load(p_length).to(tl.int32) - begin - (q_len - 1 - i_query), 0)
+        num_units = tl.cdiv(num_seen, BLOCK)
+        num_tiles = tl.cdiv(num_seen, TILE)
+        first = num_tiles * i_split // num_splits
+        last = num_tiles * (i_split + 1) // num_splits
+        i_long = i_row.to(tl.int64)
+        p_codes += i_long * stride_codes
+        p_tile_max += i_long * stride_tiles
+        p_histogram += i_long * num_splits * BINS
+        p_peak += i_long * num_splits
+        if SCORE:
+            i_key = tl.load(p_index_heads + i_head).to(tl.int64)
+            _score_range(
+                p_query + i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + i_query * stride_qm,
+                p_key + i_batch * stride_kb + i_key * stride_kh + tl.cast(begin, tl.int64) * stride_kn,
+                p_scale + i_batch * stride_sb + i_key * stride_sh + begin * stride_sn,
+                p_codes,
+                p_tile_max,
+                p_histogram + i_split * BINS,
+                p_peak + i_split,
+                num_seen,
+                first,
+                last,
+                stride_kn,
+                stride_sn,
+                HEAD,
+                PADDED,
+                ROWS,
+                LANES,
+                BLOCK,
+                BINS,
+                STEPS,
+                SPLIT_QUERY,
+                INT8,
+                CONTIGUOUS,
+                STAGES,
+            )
+        if SCORE and COMPACT:
+            if num_splits > 1:
+                _wait_for_all(p_barrier + i_row * 2, p_barrier + i_row * 2 + 1, num_splits)
+            else:
+                tl.debug_barrier()
+        if COMPACT:
+            # the last block may be short: count it as such, so that the floor holds whichever blocks are taken
+            tail = num_seen - (num_units - 1) * BLOCK
+            wanted = tl.minimum(tl.cdiv(min_tokens + BLOCK - tail, BLOCK), num_units)
+            _compact_range(
+                p_codes,
+                p_tile_max,
+                p_histogram,
+                p_peak,
+                p_indices + i_long * stride_indices,
+                p_counts + i_row,
+                num_units,
+                wanted,
+                top_p,
+                i_split,
+                num_splits,
+                first,
+                last,
+                UNITS,
+                BINS,
+                STEPS,
+                TILES,
+                SPLITS,
+                SPLIT_ROWS,
+            )
+
+    @triton.jit
+    def _select_all_kernel(
+        p_indices,
+        p_counts,
+        p_length,
+        p_start,
+        num_rows_per_batch,
+        q_len,
+        num_splits,
+        stride_indices,
+        BLOCK: tl.constexpr,
+        HAS_START: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
+        """top_p = 1: every block that the row sees."""
+        i_row = tl.program_id(0) // num_splits
+        i_split = tl.program_id(0) % num_splits
+        begin = i_row * 0
+        if HAS_START:
+            begin = tl.load(p_start + i_row // num_rows_per_batch).to(tl.int32)
+        num_seen = tl.maximum(tl.load(p_length).to(tl.int32) - begin - (q_len - 1 - i_row % q_len), 0)
+        num_units = tl.cdiv(num_seen, BLOCK)
+        for i_first in tl.range(i_split * WIDTH, num_units, num_splits * WIDTH):
+            o_unit = i_first + tl.arange(0, WIDTH)
+            tl.store(p_indices + i_row.to(tl.int64) * stride_indices + o_unit, o_unit, mask=o_unit < num_units)
+        if i_split == 0:
+            tl.store(p_counts + i_row, num_units)
+
+
+# by capability: CTAs a multiprocessor holds, rows of 16 keys in a tile of 16 dimensions, warps, pipeline stages
+_SCORE_CONFIG = {"ctas": 2, "tile_keys": 1024, "warps": 4, "stages": 3}
+_LANES = 16
+_STEPS = 8
+
+
+def _check_select(
+    index_query: torch.Tensor, index_key: torch.Tensor, index_heads: tuple[int, ...], block_size: int
+) -> None:
+    if index_query.dim() != 4 or index_query.shape[1] != len(index_heads):
+        raise ValueError(
+            f"index_query must be [B, {len(index_heads)}, M, r] for {len(index_heads)} index_heads, "
+            f"got {tuple(index_query.shape)}"
+        )
+    if index_key.dim() != 4 or index_key.shape[3] != index_query.shape[3]:
+        raise ValueError(
+            f"index_key must be [B, I, C, {index_query.shape[3]}] as index_query is {tuple(index_query.shape)}, "
+            f"got {tuple(index_key.shape)}"
+        )
+    if block_size not in (1, 16, 32, 64):
+        raise ValueError(f"block_size must be 1, 16, 32 or 64, got {block_size}")
 
 
 def select_top_p(
@@ -113,15 +531,169 @@ def select_top_p(
     workspace: DecodeWorkspace | None = None,
     backend: str = "auto",
 ) -> Selection:
-    use_triton(backend, index_query)
-    return select_top_p_reference(
+    """The top-p set of every query row of a decode step, without a host synchronisation.
+
+    Args:
+        index_query: `[B, n, M, r]`, one head for each listed retrieval head; M <= 16, r from 4 to 64.
+        index_key: `[B, I, C, r]`, slot-ordered, or int8 with `index_scale`.
+        index_heads: for each of the n heads its row of `index_key`.
+        length: int32 device tensor `[1]`: slots in use, this step's M tokens included; row m sits in slot
+            `length - M + m` and sees the slots up to its own.
+        start: int `[B]`, slot of each row's first real token; None: no padding.
+        top_p: mass to reach, in (0, 1]; 1 selects everything. min_tokens: floor on the number of tokens.
+        block_size: 1, 16, 32 or 64 tokens, aligned to logical positions.
+        index_scale: `[B, I, C]`, the scale of each int8 key.
+        workspace: its buffers hold the result; None allocates.
+        backend: "auto" (Triton for half precision on CUDA), "triton" or "reference".
+
+    Returns:
+        A `Selection`; `indices` is `[B, n, M, K]`. The reference gives the smallest set. Triton reckons masses by
+        bins of 1/8 octave (a factor of 1.09): the mass is never under p nor the count under the floor, and the set
+        lies within the smallest set for the mass p' = 1.09 p / (1 + 0.09 p) (0.908 for 0.9), whole bins taken.
+        Tokens more than 31 octaves (2e9 times) below the best one count as ties.
+
+    Raises:
+        ValueError: shapes that do not fit, or a workspace that is too small.
+    """
+    _check_select(index_query, index_key, index_heads, block_size)
+    if not use_triton(backend, index_query):
+        return select_top_p_reference(
+            index_query,
+            index_key,
+            index_heads=index_heads,
+            length=length,
+            start=start,
+            top_p=top_p,
+            min_tokens=min_tokens,
+            block_size=block_size,
+            index_scale=index_scale,
+        )
+    return _launch_select(
+        index_query, index_key, index_heads, length, start, top_p, min_tokens, block_size, index_scale, workspace
+    )
+
+
+def _launch_select(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    index_heads: tuple[int, ...],
+    length: torch.Tensor,
+    start: torch.Tensor | None,
+    top_p: float,
+    min_tokens: int,
+    block_size: int,
+    index_scale: torch.Tensor | None,
+    workspace: DecodeWorkspace | None,
+) -> Selection:
+    batch, heads, q_len, head = index_query.shape
+    capacity, device = index_key.shape[2], index_query.device
+    rows = batch * heads * q_len
+    blocks = -(-capacity // block_size)
+    if workspace is None:
+        workspace = DecodeWorkspace(
+            batch=batch,
+            retrieval_heads=heads,
+            queries=q_len,
+            capacity=capacity,
+            query_heads=1,
+            kv_heads=1,
+            head_dim=1,
+            block_size=block_size,
+            device=device,
+        )
+    if rows > workspace.rows or rows * blocks > workspace.indices.numel():
+        raise ValueError(
+            f"the workspace holds {workspace.rows} rows and {workspace.indices.numel()} blocks, this step has {rows} "
+            f"rows of {blocks} blocks; make it with the step's batch, heads, queries, capacity and block_size"
+        )
+    selection = Selection(
+        workspace.indices[: rows * blocks].view(batch, heads, q_len, blocks),
+        workspace.counts[:rows].view(batch, heads, q_len),
+    )
+    if index_query.stride(3) != 1:
+        index_query = index_query.contiguous()
+    on_gpu = index_query.is_cuda
+    padded = max(triton.next_power_of_2(head), 4)
+    tile_rows = max(_SCORE_CONFIG["tile_keys"] // padded, 1) if on_gpu else 8
+    tile_rows = max(tile_rows, -(-block_size // _LANES), 64 // _LANES)
+    tile = tile_rows * _LANES
+    slots = _SCORE_CONFIG["ctas"] * num_processors(device)
+    splits = max(1, min(slots // rows, -(-capacity // tile)))
+    first_slot = length if start is None else start
+    if top_p >= 1.0:
+        _select_all_kernel[(rows * splits,)](
+            selection.indices,
+            selection.counts,
+            length,
+            first_slot,
+            heads * q_len,
+            q_len,
+            splits,
+            blocks,
+            BLOCK=block_size,
+            HAS_START=start is not None,
+            WIDTH=1024 if on_gpu else 64,
+        )
+        return selection
+    units = tile // block_size
+    scale = index_key if index_scale is None else index_scale
+    arguments = (
         index_query,
         index_key,
-        index_heads=index_heads,
-        length=length,
-        start=start,
-        top_p=top_p,
-        min_tokens=min_tokens,
-        block_size=block_size,
-        index_scale=index_scale,
+        scale,
+        workspace.codes,
+        workspace.tile_max,
+        workspace.histogram,
+        workspace.peak,
+        workspace.barrier,
+        selection.indices,
+        selection.counts,
+        head_table(index_heads, device),
+        length,
+        first_slot,
+        float(top_p),
+        min_tokens,
+        heads,
+        q_len,
+        splits,
+        index_query.stride(0),
+        index_query.stride(1),
+        index_query.stride(2),
+        index_key.stride(0),
+        index_key.stride(1),
+        index_key.stride(2),
+        scale.stride(0),
+        scale.stride(1),
+        scale.stride(2),
+        blocks,
+        workspace.tiles,
+        blocks,
     )
+    constants = {
+        "HEAD": head,
+        "PADDED": padded,
+        "ROWS": tile_rows,
+        "LANES": _LANES,
+        "BLOCK": block_size,
+        "BINS": HISTOGRAM_BINS,
+        "STEPS": _STEPS,
+        "TILES": max(1, (4096 if on_gpu else 64) // units),
+        "SPLITS": triton.next_power_of_2(splits),
+        "SPLIT_ROWS": min(8, triton.next_power_of_2(splits)),
+        "SPLIT_QUERY": index_query.dtype == torch.float32 and index_key.dtype != torch.float32,
+        "INT8": index_scale is not None,
+        "CONTIGUOUS": index_key.stride(2) == head == padded,
+        "HAS_START": start is not None,
+        "STAGES": _SCORE_CONFIG["stages"],
+        "num_warps": _SCORE_CONFIG["warps"],
+    }
+    grid = (rows * splits,)
+    if _SCORE_CONFIG.get("fused", True) and on_gpu:
+        # a cooperative launch: the barrier needs all splits resident
+        _score_select_kernel[grid](
+            *arguments, **constants, SCORE=True, COMPACT=True, launch_cooperative_grid=splits > 1
+        )
+    else:
+        _score_select_kernel[grid](*arguments, **constants, SCORE=True, COMPACT=False)
+        _score_select_kernel[grid](*arguments, **constants, SCORE=False, COMPACT=True)
+    return selection

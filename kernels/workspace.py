@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 HISTOGRAM_BINS = 256
-MAX_SPLITS = 512
+MIN_TILE_UNITS = 16
 
 
 @lru_cache(maxsize=4096)
@@ -16,19 +16,28 @@ def head_table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values or (0,), dtype=torch.int32, device=device)
 
 
+@lru_cache(maxsize=64)
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 2 for the interpreter on a CPU, so that splits are exercised."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class DecodeWorkspace:
     """Buffers of `select_top_p` and `decode_attention` for one stream of decode steps.
 
     Layers run one after the other, so one workspace serves all of them; steps that run at the same time (several
-    streams) need one each. Nothing is allocated or cleared between steps: safe in CUDA graphs.
+    streams) need one each. Nothing is allocated or cleared between steps: safe in CUDA graphs. A `Selection` made
+    with a workspace lives in it, until the next one.
 
     Args:
         batch: B. retrieval_heads: the most that one layer has. queries: the most query rows a step has (M).
-        capacity: slots of the largest cache. query_heads: Hq. head_dim: D. block_size: of the selection.
-        device: of the cache.
+        capacity: slots of the largest cache. query_heads: Hq. kv_heads: Hkv. head_dim: D.
+        block_size: of the selection. device: of the cache.
 
     Raises:
-        ValueError: a size that is not positive, or a step that does not fit (from the operations).
+        ValueError: a size that is not positive.
     """
 
     def __init__(
@@ -39,15 +48,61 @@ class DecodeWorkspace:
         queries: int,
         capacity: int,
         query_heads: int,
+        kv_heads: int,
         head_dim: int,
         block_size: int,
         device: torch.device | str,
     ) -> None:
         sizes = {"batch": batch, "queries": queries, "capacity": capacity, "query_heads": query_heads}
-        sizes |= {"head_dim": head_dim, "block_size": block_size}
+        sizes |= {"kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"DecodeWorkspace: {name} must be at least 1, got {size}")
-        self.batch, self.retrieval_heads, self.queries = batch, retrieval_heads, queries
-        self.capacity, self.query_heads, self.head_dim = capacity, query_heads, head_dim
-        self.block_size = block_size
+        device = torch.device(device)
+        rows = batch * max(retrieval_heads, 1) * queries
+        units = -(-capacity // block_size)
+        self.ctas = 4 * num_processors(device)
+        self.rows = rows
+        self.items = rows + batch * kv_heads
+        self.tile_rows = tile_rows(query_heads // kv_heads, queries)
+        self.head_dim = head_dim
+        self.indices = torch.zeros(rows * units, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(rows, dtype=torch.int32, device=device)
+        # a tile holds at least MIN_TILE_UNITS units; one more tile for the last, partial one
+        self.tiles = -(-units // MIN_TILE_UNITS) + 1
+        self.codes = torch.empty(rows * units, dtype=torch.uint8, device=device)
+        self.tile_max = torch.empty(rows * self.tiles, dtype=torch.int32, device=device)
+        splits = max(rows, self.ctas)
+        self.histogram = torch.empty(splits * HISTOGRAM_BINS, dtype=torch.int32, device=device)
+        self.peak = torch.empty(splits, dtype=torch.int32, device=device)
+        self.barrier = torch.zeros(rows * 2, dtype=torch.int32, device=device)
+        slots = 2 * self.ctas * self.tile_rows
+        self.partial = torch.empty(slots * head_dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(slots * 2, dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(self.items, dtype=torch.int32, device=device)
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Every tensor, in the order of `BUFFERS`."""
+        return [getattr(self, name) for name in BUFFERS]
+
+
+BUFFERS = (
+    "indices",
+    "counts",
+    "codes",
+    "tile_max",
+    "histogram",
+    "peak",
+    "barrier",
+    "partial",
+    "stats",
+    "arrived",
+)
+
+
+def tile_rows(group: int, queries: int) -> int:
+    """Rows of a query tile: a whole GQA group times the step's queries, a power of two from 16 on."""
+    rows = 16
+    while rows < group * queries:
+        rows *= 2
+    return rows
