@@ -62,7 +62,7 @@ class DecodeRows:
         width = int(count.max())
         if width == 0:
             return None
-        index = mask.long().argsort(1, descending=True, stable=True)[:, :width]
+        index = mask.long().argsort(dim=1, descending=True, stable=True)[:, :width]
         return cls(index, torch.arange(width, device=mask.device) < count[:, None])
 
 
@@ -158,8 +158,10 @@ def rtpurbo_attention(
             state.losses.append(loss)
     index_query = index_key = None
     if plan.indexed and plan.retrieval:
-        index_query = module.indexer.queries(query_pre, positions)
-        index_key = module.indexer.keys(key_pre, positions).to(key.dtype)
+        # 16 bits are enough to route, and make tokens that tie in exact arithmetic tie in every batch shape
+        dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
+        index_query = module.indexer.queries(query_pre, positions).to(dtype)
+        index_key = module.indexer.keys(key_pre, positions).to(dtype)
     step = _Step(layer, plan, state, options, query, key, value, index_query, index_key)
     view = None
     if cache is not None:
@@ -185,9 +187,7 @@ def _positions(state: ForwardState, query: torch.Tensor) -> torch.Tensor:
 def _native_sliding(module, query, key, value, window, state: ForwardState, options: dict) -> torch.Tensor:
     """A sliding-window layer of the base itself, left as it is; its cache has already been updated."""
     if window is None:
-        raise RuntimeError(
-            f"{type(module).__name__} (layer {module.layer_idx}) has no window and was not converted"
-        )
+        raise RuntimeError(f"{type(module).__name__} (layer {module.layer_idx}) has no window and was not converted")
     heads = tuple(range(query.shape[1]))
     group = query.shape[1] // key.shape[1]
     return sink_window_attention(
@@ -287,7 +287,7 @@ class _Step:
         retrieval = plan.retrieval if self.selects else ()
         if retrieval:
             selection = select_top_p(
-                self.index_query.to(view.index_key.dtype),
+                self.index_query,
                 view.index_key,
                 index_heads=plan.index_heads,
                 length=state.length,

@@ -40,8 +40,8 @@ def ring_slots(position: torch.Tensor, num_sinks: int, ring: int) -> torch.Tenso
 class CacheView:
     """What one forward of a layer attends to, after its tokens were written.
 
-    `q_start` is the number of slots before this forward. On a fresh cache (`q_start == 0`) the caller attends to its own
-    keys and values. `tail_key` and `tail_value` `[B, W, T, D]` (chunks only) are the last keys of the window store in
+    `q_start` is the number of slots before this forward. On a fresh cache (`q_start == 0`) the caller attends to its
+    own keys and values. `tail_key` and `tail_value` `[B, W, T, D]` (chunks only) are the last keys of the window store in
     slot order, from slot `tail_start` on, with this forward's keys at the end; `sink_key`, `sink_value` the sinks.
     """
 
@@ -117,6 +117,8 @@ class RTPurboCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            if index_key is not None:
+                self.index_keys = self.index_keys.to(index_key.dtype)
         past, new = self.length, key_states.shape[2]
         total = past + new
         if self.record_past:
@@ -126,7 +128,7 @@ class RTPurboCacheLayer(CacheLayerMixin):
         self.keys[:, :, past:total] = key_states[:, full]
         self.values[:, :, past:total] = value_states[:, full]
         if index_key is not None and index_key.shape[1]:
-            self.index_keys[:, :, past:total] = index_key.to(self.index_keys.dtype)
+            self.index_keys[:, :, past:total] = index_key
         tail = {}
         if self.plan.window_kv:
             rows = index_tensor(self.plan.window_kv, key_states.device)
@@ -185,13 +187,9 @@ class RTPurboCacheLayer(CacheLayerMixin):
         self, key: torch.Tensor, value: torch.Tensor, start: torch.Tensor | None, *, scatter: bool
     ) -> None:
         sinks, ring, new = self.num_sinks, self.ring, key.shape[2]
-        first = self.length - starts(
-            start, key.shape[0], key.device
-        )  # [B] logical position of the first new token
+        first = self.length - starts(start, key.shape[0], key.device)  # [B] logical position of the first new token
         if scatter:
-            slots = ring_slots(first[:, None] + torch.arange(new, device=key.device), sinks, ring)[
-                :, None, :, None
-            ]
+            slots = ring_slots(first[:, None] + torch.arange(new, device=key.device), sinks, ring)[:, None, :, None]
             self.window_keys.scatter_(2, slots.expand_as(key), key.to(self.window_keys.dtype))
             self.window_values.scatter_(2, slots.expand_as(value), value.to(self.window_values.dtype))
             return
@@ -298,9 +296,7 @@ class RTPurboCacheLayer(CacheLayerMixin):
         """Bytes that a cache of every KV head's every token would take at the present length."""
         if not self.is_initialized:
             return 0
-        row = (
-            self.keys.shape[3] * self.keys.element_size() + self.values.shape[3] * self.values.element_size()
-        )
+        row = self.keys.shape[3] * self.keys.element_size() + self.values.shape[3] * self.values.element_size()
         return self.keys.shape[0] * self.plan.num_kv_heads * self.length * row
 
 

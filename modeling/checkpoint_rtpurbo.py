@@ -34,16 +34,14 @@ def load_indexer_file(path: str | Path, expected: dict[str, torch.Tensor]) -> di
     """Read an indexer file and compare it with the parameters that it must fill.
 
     Raises:
-        ValueError: unreadable file, a missing or unexpected key, a wrong shape, or a value that is not finite; the message
-            names file and key.
+        ValueError: unreadable file, a missing or unexpected key, a wrong shape, or a value that is not finite; the
+            message names file and key.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read as safetensors ({error}): download or save it again"
-        ) from error
+        raise ValueError(f"{path} cannot be read as safetensors ({error}): download or save it again") from error
     missing = sorted(set(expected) - set(tensors))
     unexpected = sorted(set(tensors) - set(expected))
     if missing or unexpected:
@@ -199,9 +197,7 @@ class CheckpointMixin:
 
     def _save_adapter(self, folder: Path, *, is_main_process: bool) -> None:
         if not self.config.base_model_name_or_path:
-            raise ValueError(
-                "an adapter must name its base: set config.base_model_name_or_path, or save full weights"
-            )
+            raise ValueError("an adapter must name its base: set config.base_model_name_or_path, or save full weights")
         if any(folder.glob("model*.safetensors")):
             raise ValueError(f"{folder} holds full weights: save the adapter into a folder of its own")
         if not is_main_process:

@@ -56,7 +56,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         (
             "arcee", "cohere", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt_oss",
-            "granite", "llama", "minimax_m2", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "starcoder2",
+            "granite", "llama", "minimax_m2", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe",
+            "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "starcoder2",
         ),
         _PLAIN,
     ),
@@ -82,7 +83,8 @@ def family_of(config) -> Family:
     model_type = config.get_text_config(decoder=True).model_type
     if config.model_type != model_type or model_type not in FAMILIES:
         raise ValueError(
-            f"base models of the family {config.model_type!r} are not supported. Supported: {', '.join(sorted(FAMILIES))}"
+            f"base models of the family {config.model_type!r} are not supported. "
+            f"Supported: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]
 

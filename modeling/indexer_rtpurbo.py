@@ -16,9 +16,7 @@ from ..kernels.common import index_tensor
 from .plan_rtpurbo import HeadPlan
 
 
-def rotate_index(
-    vectors: torch.Tensor, positions: torch.Tensor, wavelengths: tuple[float, float]
-) -> torch.Tensor:
+def rotate_index(vectors: torch.Tensor, positions: torch.Tensor, wavelengths: tuple[float, float]) -> torch.Tensor:
     """Rotate pairs (i, i + n/2) of the last axis by 2 pi * position / wavelength_i.
 
     Args:

@@ -227,8 +227,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 number of last rows.
             observer: called with `AttentionInputs` in each converted layer.
             on_selection: called with (layer index, rows, selected, visible, dense weights) per tile of sparse rows.
-            layer_loss: like `observer`, returns a scalar: the backbone runs dense and without gradients, and the output's
-                `loss` is the sum over layers (stage 1; the gradients that it keeps are those inside `layer_loss`).
+            layer_loss: like `observer`, returns a scalar: the backbone runs dense and without gradients, and the
+                output's `loss` is the sum over layers (stage 1; it keeps the gradients inside `layer_loss`).
 
         Raises:
             ValueError: a 4-D mask, a mask with holes, packed sequences, or a cache of another kind.
@@ -237,30 +237,21 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         if layer_loss is not None:
-            return self._layer_losses(
-                shape, input_ids, attention_mask, position_ids, inputs_embeds, layer_loss, kwargs
-            )
+            return self._layer_losses(shape, input_ids, attention_mask, position_ids, inputs_embeds, layer_loss, kwargs)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         if past_key_values is not None and not isinstance(past_key_values, RTPurboCache):
             raise ValueError(
-                f"an RTPurbo model needs its own cache, got {type(past_key_values).__name__}: leave past_key_values out, "
-                "or pass model.new_cache()"
+                f"an RTPurbo model needs its own cache, got {type(past_key_values).__name__}: leave past_key_values "
+                "out, or pass model.new_cache()"
             )
         state = self._state(shape, attention_mask, position_ids, past_key_values)
         state.observer, state.on_selection = observer, on_selection
-        if (
-            decode_rows is None
-            and past_key_values is not None
-            and past_key_values.is_recording
-            and state.q_start == 0
-        ):
+        if decode_rows is None and past_key_values is not None and past_key_values.is_recording and state.q_start == 0:
             # assisted generation appends its first drafts to the prompt: they decode, as they would one by one
-            decode_rows = (
-                logits_to_keep - 1 if isinstance(logits_to_keep, int) and logits_to_keep > 1 else None
-            )
+            decode_rows = logits_to_keep - 1 if isinstance(logits_to_keep, int) and logits_to_keep > 1 else None
         if decode_rows is not None:
             state.decode_rows = self._decode_rows(decode_rows, shape, attention_mask, state)
         with self._handed_down(state) as handed:
@@ -305,9 +296,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
     def _state(self, shape, attention_mask, position_ids, cache: RTPurboCache | None) -> ForwardState:
         q_start = 0 if cache is None else cache.get_seq_length()
         is_decode = (
-            q_start > 0
-            and shape[1] <= self.config.decode_max_queries
-            and not (cache is not None and cache.in_prefill)
+            q_start > 0 and shape[1] <= self.config.decode_max_queries and not (cache is not None and cache.in_prefill)
         )
         if cache is not None and cache.right_padded:
             raise ValueError(
@@ -330,9 +319,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
     @staticmethod
     def _decode_rows(decode_rows, shape, attention_mask, state: ForwardState) -> DecodeRows | None:
         if state.q_start > 0:
-            raise ValueError(
-                "decode_rows is for uncached forwards; on a cache, short steps decode by themselves"
-            )
+            raise ValueError("decode_rows is for uncached forwards; on a cache, short steps decode by themselves")
         if isinstance(decode_rows, int):
             mask = torch.zeros(shape[1], dtype=torch.bool)
             mask[max(shape[1] - decode_rows, 0) :] = decode_rows > 0
@@ -346,9 +333,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             decode_rows = decode_rows.to(attention_mask.device) & attention_mask.bool()
         return DecodeRows.from_mask(decode_rows)
 
-    def _layer_losses(
-        self, shape, input_ids, attention_mask, position_ids, inputs_embeds, layer_loss, kwargs
-    ):
+    def _layer_losses(self, shape, input_ids, attention_mask, position_ids, inputs_embeds, layer_loss, kwargs):
         with torch.no_grad(), self.attention_mode("dense"):
             state = self._state(shape, attention_mask, position_ids, None)
             state.observer = layer_loss
@@ -373,7 +358,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         implementation = generation_config.cache_implementation
         if implementation not in DYNAMIC_CACHES:
             raise ValueError(
-                f"cache_implementation={implementation!r} is not supported by RTPurbo models; use one of {DYNAMIC_CACHES}"
+                f"cache_implementation={implementation!r} is not supported by RTPurbo models; "
+                f"use one of {DYNAMIC_CACHES}"
             )
         cache = self.new_cache(offloading=implementation == "offloaded")
         if generation_config.is_assistant:

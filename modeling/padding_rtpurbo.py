@@ -23,7 +23,8 @@ def left_padding(mask: torch.Tensor | None, batch: int, length: int) -> tuple[to
     if isinstance(mask, dict) or mask.ndim != 2:
         given = "a dict of masks" if isinstance(mask, dict) else f"a {mask.ndim}-D mask"
         raise ValueError(
-            f"an RTPurbo model takes a 2-D padding mask [batch, length], got {given}: causality and windows are built in"
+            f"an RTPurbo model takes a 2-D padding mask [batch, length], got {given}: causality and "
+            "windows are built in"
         )
     if tuple(mask.shape) != (batch, length):
         raise ValueError(
@@ -36,9 +37,7 @@ def left_padding(mask: torch.Tensor | None, batch: int, length: int) -> tuple[to
     holes = (end - start).clamp_min(0) != real.sum(1)
     if torch.compiler.is_compiling():
         return start, False
-    has_left, has_right, has_holes = torch.stack(
-        [(start > 0).any(), (end < length).any(), holes.any()]
-    ).tolist()
+    has_left, has_right, has_holes = torch.stack([(start > 0).any(), (end < length).any(), holes.any()]).tolist()
     if has_holes:
         raise ValueError(
             "attention_mask has padding between real tokens; an RTPurbo model needs each row's real tokens in one piece"
@@ -60,5 +59,6 @@ def check_positions(position_ids: torch.Tensor | None, mask: torch.Tensor | None
         expected = expected | ~(mask[:, 1:].bool() & mask[:, :-1].bool())
     if not bool(expected.all()):
         raise ValueError(
-            "position_ids jump inside a row: packed sequences are not supported; pass one sequence a row, padded on the left"
+            "position_ids jump inside a row: packed sequences are not supported; pass one sequence a row, "
+            "padded on the left"
         )
