@@ -48,8 +48,9 @@ class RTPurboIndexer(nn.Module):
         self.plan = plan
         self.rotary_dim = rotary_dim
         self.wavelengths = (float(wavelengths[0]), float(wavelengths[1]))
-        self.q_proj = nn.Parameter(torch.empty(len(plan.retrieval), index_dim, head_dim))
-        self.k_proj = nn.Parameter(torch.empty(len(plan.index_key_kv), index_dim, head_dim))
+        # fp32 whatever the model's dtype: they are small, and what was trained is what routes
+        self.q_proj = nn.Parameter(torch.empty(len(plan.retrieval), index_dim, head_dim, dtype=torch.float32))
+        self.k_proj = nn.Parameter(torch.empty(len(plan.index_key_kv), index_dim, head_dim, dtype=torch.float32))
 
     def _project(self, vectors: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         projected = torch.matmul(vectors.to(weight.dtype), weight.transpose(-1, -2))
