@@ -1,0 +1,1 @@
+"""Evaluation: retrieval tasks made offline, perplexity and agreement against the dense base."""
