@@ -15,6 +15,7 @@ import torch
 
 from .common import HAS_TRITON, masked_softmax, row_tiles, soft_cap, starts, tl, triton, use_triton
 from .score_select import Selection
+from .two_phase import launch, wait_for_all
 from .workspace import DecodeWorkspace, head_table, num_processors, tile_rows
 
 
@@ -130,53 +131,6 @@ def decode_attention_reference(
 if HAS_TRITON:
 
     @triton.jit
-    def _combine_partials(
-        p_partial,
-        p_stats,
-        cta_first,
-        cta_last,
-        o_rows,
-        m_rows,
-        o_dim,
-        m_dim,
-        BLOCK_M: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        MERGE: tl.constexpr,
-        MAX_ROWS: tl.constexpr,
-        HEAD_DIM: tl.constexpr,
-    ):
-        """Merge the partial results of CTAs `cta_first..cta_last` in that order; rows of one item."""
-        b_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
-        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-        b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-        o_merge = tl.arange(0, MERGE)
-        for i_first in tl.range(cta_first, cta_last + 1, MERGE):
-            i_cta = i_first + o_merge
-            m_cta = i_cta <= cta_last
-            # the CTA in which the item begins keeps it in its second place, the others in their first
-            i_slot = (i_cta * 2 + (i_cta == cta_first).to(tl.int32)).to(tl.int64)
-            o_stat = i_slot[:, None] * (2 * MAX_ROWS) + o_rows[None, :]
-            m_stat = m_cta[:, None] & m_rows[None, :]
-            # [MERGE, BLOCK_M]
-            b_some_max = tl.load(p_stats + o_stat, mask=m_stat, other=-1e30, cache_modifier=".cg")
-            b_some_sum = tl.load(p_stats + o_stat + MAX_ROWS, mask=m_stat, other=0.0, cache_modifier=".cg")
-            o_part = (i_slot[:, None] * MAX_ROWS + o_rows[None, :])[:, :, None] * HEAD_DIM + o_dim[None, None, :]
-            # [MERGE, BLOCK_M, BLOCK_D]
-            b_some = tl.load(
-                p_partial + o_part,
-                mask=m_stat[:, :, None] & m_dim[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            b_new = tl.maximum(b_max, tl.max(b_some_max, 0))
-            b_keep = tl.exp2(b_max - b_new)
-            b_weight = tl.exp2(b_some_max - b_new[None, :])
-            b_sum = b_sum * b_keep + tl.sum(b_some_sum * b_weight, 0)
-            b_out = b_out * b_keep[:, None] + tl.sum(b_some * b_weight[:, :, None], 0)
-            b_max = b_new
-        return b_max, b_sum, b_out
-
-    @triton.jit
     def _finish(
         b_max,
         b_sum,
@@ -217,7 +171,7 @@ if HAS_TRITON:
         p_out,
         p_partial,
         p_stats,
-        p_arrived,
+        p_barrier,
         scale,
         softcap,
         num_local,
@@ -253,9 +207,11 @@ if HAS_TRITON:
         BLOCK_D: tl.constexpr,
         BLOCK: tl.constexpr,
         ITEMS: tl.constexpr,
-        MAX_ROWS: tl.constexpr,
-        MERGE_LOCAL: tl.constexpr,
-        MERGE_ONE: tl.constexpr,
+        NUM_HEADS: tl.constexpr,
+        MERGE: tl.constexpr,
+        SLICE: tl.constexpr,
+        PARTIAL: tl.constexpr,
+        COMBINE: tl.constexpr,
         HAS_START: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr,
         HAS_SINK_LOGITS: tl.constexpr,
@@ -264,12 +220,12 @@ if HAS_TRITON:
         """Persistent CTAs over one flat row of work units (BLOCK_N keys each), cut into equal contiguous shares.
 
         Items: the (batch, KV head) pairs with local query heads, whose group is packed into the rows of a tile,
-        then the (batch, retrieval head, query) rows. A CTA's share may end one item and begin the next. An item
-        that several CTAs share is merged, in CTA order, by whichever of them arrives last.
+        then the (batch, retrieval head, query) rows. A CTA's share may end one item and begin the next. After a
+        barrier the output rows of items that several CTAs share are merged in CTA order, spread over all CTAs.
 
         Tables (int32): local KV head [num_local], its store row [num_local], whether that is the ring [num_local],
-        retrieval query head [num_retrieval], its row of the full store [num_retrieval], and for each query head
-        whether it is a local one.
+        retrieval query head [num_retrieval], its row of the full store [num_retrieval]; for each query head
+        whether it is local [NUM_HEADS], and its entry among the local KV heads or retrieval heads [NUM_HEADS].
         """
         LOG2E: tl.constexpr = 1.4426950408889634
         length = tl.load(p_length).to(tl.int32)
@@ -305,6 +261,8 @@ if HAS_TRITON:
         o_n = tl.arange(0, BLOCK_N)
         o_dim = tl.arange(0, BLOCK_D)
         m_dim = o_dim < HEAD_DIM
+        if not PARTIAL:
+            end_unit = i_unit
         while i_unit < end_unit:
             i_item = tl.sum((b_ends <= i_unit).to(tl.int32), 0)
             item_units = tl.sum(tl.where(o_item == i_item, b_units, 0), 0)
@@ -393,100 +351,99 @@ if HAS_TRITON:
                 b_out = tl.dot(b_weight.to(b_value.dtype), b_value, b_out, input_precision="ieee")
                 b_max = b_new
 
-            o_target = i_far * stride_ob + o_query.to(tl.int64) * stride_om + o_head * stride_oh
-            if stop_unit - i_unit == item_units:
-                _finish(
-                    b_max,
-                    b_sum,
-                    b_out,
-                    p_sink_logits,
-                    p_out,
-                    o_head,
-                    m_write,
-                    o_target,
-                    o_dim,
-                    m_dim,
-                    HAS_SINK_LOGITS,
-                )
-            else:
-                i_slot = (i_cta * 2 + (i_unit == item_first).to(tl.int32)).to(tl.int64)
-                tl.store(p_stats + i_slot * (2 * MAX_ROWS) + o_m, b_max, mask=m_rows)
-                tl.store(p_stats + i_slot * (2 * MAX_ROWS) + MAX_ROWS + o_m, b_sum, mask=m_rows)
-                o_part = (i_slot * MAX_ROWS + o_m)[:, None] * HEAD_DIM + o_dim[None, :]
-                tl.store(p_partial + o_part, b_out, mask=m_rows[:, None] & m_dim[None, :])
+            if PARTIAL:
+                whole = stop_unit - i_unit == item_units
+                if whole:
+                    o_target = i_far * stride_ob + o_query.to(tl.int64) * stride_om + o_head * stride_oh
+                    _finish(
+                        b_max,
+                        b_sum,
+                        b_out,
+                        p_sink_logits,
+                        p_out,
+                        o_head,
+                        m_write,
+                        o_target,
+                        o_dim,
+                        m_dim,
+                        HAS_SINK_LOGITS,
+                    )
+                else:
+                    # a CTA's first place is for an item that began before it, its second for one that begins in it
+                    i_slot = (i_cta * 2 + (i_unit == item_first).to(tl.int32)).to(tl.int64)
+                    tl.store(p_stats + i_slot * (2 * BLOCK_M) + o_m, b_max, mask=m_rows)
+                    tl.store(p_stats + i_slot * (2 * BLOCK_M) + BLOCK_M + o_m, b_sum, mask=m_rows)
+                    o_part = (i_slot * BLOCK_M + o_m)[:, None] * HEAD_DIM + o_dim[None, :]
+                    tl.store(p_partial + o_part, b_out, mask=m_rows[:, None] & m_dim[None, :])
+            i_unit = stop_unit
+
+        if PARTIAL and COMBINE:
+            wait_for_all(p_barrier, p_barrier + 1, tl.num_programs(0))
+        if COMBINE:
+            SLICES: tl.constexpr = BLOCK_D // SLICE
+            o_merge = tl.arange(0, MERGE)
+            o_one = tl.arange(0, 1)
+            num_heads = NUM_HEADS
+            for i_work in tl.range(i_cta, batch * q_len * num_heads * SLICES, tl.num_programs(0)):
+                i_head = i_work // SLICES % num_heads
+                i_query = i_work // SLICES // num_heads % q_len
+                i_batch = i_work // SLICES // num_heads // q_len
+                i_entry = tl.load(p_is_local + num_heads + i_head)
+                i_row = i_head % GROUP * q_len + i_query
+                i_item = i_batch * num_local + i_entry
+                if tl.load(p_is_local + i_head) == 0:
+                    i_row = i_head * 0
+                    i_item = num_local_items + (i_batch * num_retrieval + i_entry) * q_len + i_query
+                item_units = tl.sum(tl.where(o_item == i_item, b_units, 0), 0)
+                item_first = tl.sum(tl.where(o_item == i_item, b_ends, 0), 0) - item_units
+                # the CTA whose share holds unit u is the last one that begins at u or before
                 cta_first = ((tl.cast(item_first + 1, tl.int64) * num_ctas - 1) // num_units).to(tl.int32)
                 last_unit = item_first + item_units
                 cta_last = ((tl.cast(last_unit, tl.int64) * num_ctas - 1) // num_units).to(tl.int32)
-                tl.debug_barrier()
-                arrived = tl.atomic_add(p_arrived + i_item, 1, sem="acq_rel")
-                if arrived == cta_last - cta_first:
-                    tl.debug_barrier()
-                    tl.store(p_arrived + i_item, 0)
-                    if is_local:
-                        b_max, b_sum, b_out = _combine_partials(
-                            p_partial,
-                            p_stats,
-                            cta_first,
-                            cta_last,
-                            o_m,
-                            m_rows,
-                            o_dim,
-                            m_dim,
-                            BLOCK_M,
-                            BLOCK_D,
-                            MERGE_LOCAL,
-                            MAX_ROWS,
-                            HEAD_DIM,
+                if cta_last > cta_first:
+                    o_slice = i_work % SLICES * SLICE + tl.arange(0, SLICE)
+                    m_slice = o_slice < HEAD_DIM
+                    b_max = tl.full([1], -1e30, dtype=tl.float32)
+                    b_sum = tl.zeros([1], dtype=tl.float32)
+                    b_out = tl.zeros([1, SLICE], dtype=tl.float32)
+                    for i_first in tl.range(cta_first, cta_last + 1, MERGE):
+                        i_from = i_first + o_merge
+                        m_from = i_from <= cta_last
+                        i_slot = (i_from * 2 + (i_from == cta_first).to(tl.int32)).to(tl.int64)
+                        p_stat = p_stats + i_slot * (2 * BLOCK_M) + i_row
+                        b_part_max = tl.load(p_stat, mask=m_from, other=-1e30, cache_modifier=".cg")
+                        b_part_sum = tl.load(p_stat + BLOCK_M, mask=m_from, other=0.0, cache_modifier=".cg")
+                        # [MERGE, SLICE]
+                        b_part = tl.load(
+                            p_partial + (i_slot * BLOCK_M + i_row)[:, None] * HEAD_DIM + o_slice[None, :],
+                            mask=m_from[:, None] & m_slice[None, :],
+                            other=0.0,
+                            cache_modifier=".cg",
                         )
-                        _finish(
-                            b_max,
-                            b_sum,
-                            b_out,
-                            p_sink_logits,
-                            p_out,
-                            o_head,
-                            m_write,
-                            o_target,
-                            o_dim,
-                            m_dim,
-                            HAS_SINK_LOGITS,
-                        )
-                    else:
-                        o_one = tl.arange(0, 1)
-                        b_one_max, b_one_sum, b_one = _combine_partials(
-                            p_partial,
-                            p_stats,
-                            cta_first,
-                            cta_last,
-                            o_one,
-                            o_one < 1,
-                            o_dim,
-                            m_dim,
-                            1,
-                            BLOCK_D,
-                            MERGE_ONE,
-                            MAX_ROWS,
-                            HEAD_DIM,
-                        )
-                        i_target = i_far * stride_ob + (i_item - num_local_items) % q_len * stride_om
-                        _finish(
-                            b_one_max,
-                            b_one_sum,
-                            b_one,
-                            p_sink_logits,
-                            p_out,
-                            i_head + o_one,
-                            o_one < 1,
-                            i_target + (i_head + o_one) * stride_oh,
-                            o_dim,
-                            m_dim,
-                            HAS_SINK_LOGITS,
-                        )
-            i_unit = stop_unit
+                        b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
+                        b_keep = tl.exp2(b_max - b_new)
+                        b_weight = tl.exp2(b_part_max - tl.max(b_new, 0))
+                        b_sum = b_sum * b_keep + tl.sum(b_part_sum * b_weight, 0)
+                        b_out = b_out * b_keep[:, None] + tl.sum(b_part * b_weight[:, None], 0)[None, :]
+                        b_max = b_new
+                    o_target = tl.cast(i_batch, tl.int64) * stride_ob + i_query * stride_om + i_head * stride_oh
+                    _finish(
+                        b_max,
+                        b_sum,
+                        b_out,
+                        p_sink_logits,
+                        p_out,
+                        i_head + o_one,
+                        o_one < 1,
+                        o_target + o_one,
+                        o_slice,
+                        m_slice,
+                        HAS_SINK_LOGITS,
+                    )
 
 
 # by capability: CTAs a multiprocessor holds, keys of a tile for 128 dimensions, warps, pipeline stages
-_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 64, "warps": 4, "stages": 3}
+_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 64, "warps": 4, "stages": 5}
 
 
 def _layer_tables(
@@ -503,6 +460,7 @@ def _layer_tables(
         *retrieval_heads,
         *(full_slot[head // group] for head in retrieval_heads),
         *(int(head not in chosen) for head in range(num_heads)),
+        *(retrieval_heads.index(head) if head in chosen else local.index(head // group) for head in range(num_heads)),
     ]
     return len(local), tuple(tables)
 
@@ -633,10 +591,10 @@ def decode_attention(
     on_gpu = query.is_cuda
     block_d = triton.next_power_of_2(head_dim)
     block_n = max(16, _ATTEND_CONFIG["tile_keys"] * 128 // max(block_d, 128)) if on_gpu else 16
-    merge = 8192 if on_gpu else 1024
     indices, counts = _no_selection(device) if selection is None else selection
     first_slot = length if start is None else start
-    _decode_attention_kernel[(min(_ATTEND_CONFIG["ctas"] * num_processors(device), workspace.ctas),)](
+    ctas = _ATTEND_CONFIG["ctas"] if block_m == 16 else 1
+    arguments = (
         query,
         full_key,
         full_value,
@@ -651,7 +609,7 @@ def decode_attention(
         out,
         workspace.partial,
         workspace.stats,
-        workspace.arrived,
+        workspace.grid_barrier,
         scale,
         1.0 if softcap is None else softcap,
         num_local,
@@ -668,22 +626,26 @@ def decode_attention(
         *window_value.stride()[:3],
         *out.stride()[:3],
         indices.stride(2),
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        BLOCK=block_size,
-        ITEMS=triton.next_power_of_2(max(num_items, 2)),
-        MAX_ROWS=block_m,
-        MERGE_LOCAL=max(1, merge // (block_m * block_d)),
-        MERGE_ONE=max(1, min(64, merge // block_d)),
-        HAS_START=start is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_SINK_LOGITS=sink_logits is not None,
-        STAGES=_ATTEND_CONFIG["stages"],
-        num_warps=_ATTEND_CONFIG["warps"],
     )
+    constants = {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "BLOCK": block_size,
+        "ITEMS": triton.next_power_of_2(max(num_items, 2)),
+        "NUM_HEADS": num_heads,
+        "MERGE": 128 if on_gpu else 4,
+        "SLICE": min(32, block_d),
+        "HAS_START": start is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "HAS_SINK_LOGITS": sink_logits is not None,
+        "STAGES": _ATTEND_CONFIG["stages"],
+        "num_warps": _ATTEND_CONFIG["warps"],
+    }
+    grid = (min(ctas * num_processors(device), workspace.ctas),)
+    launch(_decode_attention_kernel, grid, arguments, constants, ("PARTIAL", "COMBINE"), on_gpu=on_gpu)
     return out
 
 

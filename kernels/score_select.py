@@ -14,6 +14,7 @@ import torch
 
 from .common import HAS_TRITON, starts, tl, triton, use_triton
 from .top_p import index_scores_reference, top_p_set_reference
+from .two_phase import launch, wait_for_all
 from .workspace import HISTOGRAM_BINS, DecodeWorkspace, head_table, num_processors
 
 
@@ -323,19 +324,6 @@ if HAS_TRITON:
                 offset += tl.sum(b_flat, 0)
 
     @triton.jit
-    def _wait_for_all(p_arrived, p_generation, count):
-        """Barrier between the `count` CTAs of a query row, which must all be resident."""
-        generation = tl.atomic_add(p_generation, 0, sem="acquire")
-        tl.debug_barrier()
-        if tl.atomic_add(p_arrived, 1, sem="acq_rel") == count - 1:
-            tl.atomic_xchg(p_arrived, 0, sem="relaxed")
-            tl.atomic_add(p_generation, 1, sem="release")
-        else:
-            while tl.atomic_add(p_generation, 0, sem="acquire") == generation:
-                pass
-        tl.debug_barrier()
-
-    @triton.jit
     def _score_select_kernel(
         p_query,
         p_key,
@@ -436,7 +424,7 @@ if HAS_TRITON:
             )
         if SCORE and COMPACT:
             if num_splits > 1:
-                _wait_for_all(p_barrier + i_row * 2, p_barrier + i_row * 2 + 1, num_splits)
+                wait_for_all(p_barrier + i_row * 2, p_barrier + i_row * 2 + 1, num_splits)
             else:
                 tl.debug_barrier()
         if COMPACT:
@@ -688,12 +676,5 @@ def _launch_select(
         "num_warps": _SCORE_CONFIG["warps"],
     }
     grid = (rows * splits,)
-    if _SCORE_CONFIG.get("fused", True) and on_gpu:
-        # a cooperative launch: the barrier needs all splits resident
-        _score_select_kernel[grid](
-            *arguments, **constants, SCORE=True, COMPACT=True, launch_cooperative_grid=splits > 1
-        )
-    else:
-        _score_select_kernel[grid](*arguments, **constants, SCORE=True, COMPACT=False)
-        _score_select_kernel[grid](*arguments, **constants, SCORE=False, COMPACT=True)
+    launch(_score_select_kernel, grid, arguments, constants, ("SCORE", "COMPACT"), on_gpu=on_gpu, alone=splits == 1)
     return selection

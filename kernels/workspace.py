@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 HISTOGRAM_BINS = 256
-MIN_TILE_UNITS = 16
+MIN_TILE_KEYS = 128
 
 
 @lru_cache(maxsize=4096)
@@ -68,8 +68,8 @@ class DecodeWorkspace:
         self.head_dim = head_dim
         self.indices = torch.zeros(rows * units, dtype=torch.int32, device=device)
         self.counts = torch.zeros(rows, dtype=torch.int32, device=device)
-        # a tile holds at least MIN_TILE_UNITS units; one more tile for the last, partial one
-        self.tiles = -(-units // MIN_TILE_UNITS) + 1
+        # of at least MIN_TILE_KEYS keys, the last one partial
+        self.tiles = capacity // MIN_TILE_KEYS + 1
         self.codes = torch.empty(rows * units, dtype=torch.uint8, device=device)
         self.tile_max = torch.empty(rows * self.tiles, dtype=torch.int32, device=device)
         splits = max(rows, self.ctas)
@@ -79,7 +79,7 @@ class DecodeWorkspace:
         slots = 2 * self.ctas * self.tile_rows
         self.partial = torch.empty(slots * head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(slots * 2, dtype=torch.float32, device=device)
-        self.arrived = torch.zeros(self.items, dtype=torch.int32, device=device)
+        self.grid_barrier = torch.zeros(2, dtype=torch.int32, device=device)
 
     def buffers(self) -> list[torch.Tensor]:
         """Every tensor, in the order of `BUFFERS`."""
@@ -96,7 +96,7 @@ BUFFERS = (
     "barrier",
     "partial",
     "stats",
-    "arrived",
+    "grid_barrier",
 )
 
 
