@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .common import index_tensor, masked_softmax, row_tiles, soft_cap, starts, use_triton
 from .custom_op import define_op, needs_grad
 from .sink_window import check_attention_inputs, sink_window_attention
+from .sink_window_hopper import hopper_fits
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def choose_path(query: torch.Tensor, *, chunked: bool, special: bool) -> str:
     major = torch.cuda.get_device_capability(query.device)[0]
     if major >= 9 and query.dtype == torch.bfloat16 and flash_function() is not None:
         return "flash"
-    if chunked:
+    if chunked or hopper_fits(query, (), 0):
         return "triton"
     return "cudnn" if major >= 9 else "sdpa"
 

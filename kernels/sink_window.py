@@ -9,7 +9,8 @@ window attention, with `window >= length` dense causal attention. Not for single
 ring buffer: that is `decode.py`.
 
 The Triton kernel: one program for a tile of query rows of one head. Key tiles start at the first key that any
-row of the tile sees, so only the tiles at the two ends need a mask; what lies between runs without one.
+row of the tile sees, so only the tiles at the two ends need a mask; what lies between runs without one. On Hopper
+`sink_window_hopper.py` does the same faster; this kernel serves every other device and what that one refuses.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from .common import (
     use_triton,
 )
 from .custom_op import define_op, needs_grad
+from .sink_window_hopper import hopper_fits, run_hopper, tma_ready
+from .sink_window_sdpa import sink_window_attention_sdpa
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -226,9 +229,7 @@ if HAS_TRITON:
         q_slot = q_start + o_m
         m_rows = (o_m < q_len)[:, None] & m_d[None, :]
         # [BLOCK_M, BLOCK_D]
-        p_rows = (
-            p_q + i_b * stride_qb + i_head * stride_qh + o_m.to(tl.int64)[:, None] * stride_qm + o_d[None, :]
-        )
+        p_rows = p_q + i_b * stride_qb + i_head * stride_qh + o_m.to(tl.int64)[:, None] * stride_qm + o_d[None, :]
         b_q = tl.load(p_rows, mask=m_rows, other=0.0)
 
         b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -310,13 +311,7 @@ if HAS_TRITON:
             )
 
         b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-        p_rows = (
-            p_out
-            + i_b * stride_ob
-            + i_head * stride_oh
-            + o_m.to(tl.int64)[:, None] * stride_om
-            + o_d[None, :]
-        )
+        p_rows = p_out + i_b * stride_ob + i_head * stride_oh + o_m.to(tl.int64)[:, None] * stride_om + o_d[None, :]
         tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_rows)
 
     def _launch(query: torch.Tensor) -> tuple[int, int, int, int, bool]:
@@ -329,20 +324,15 @@ if HAS_TRITON:
             return 64, 16, 4, 1, False
         if major >= 9:
             if head_dim <= 64:
-                return 128, 128, 8, 3, True
+                return 128, 64, 4, 3, True
             if head_dim <= 128:
-                return 128, 128, 8, 2, True
+                return 128, 128, 8, 3, True
             return 128, 64, 8, 2, True
         if head_dim <= 64:
             return 128, 64, 4, 3, False
         if head_dim <= 128:
             return 128, 32, 4, 3, False
         return 64, 32, 4, 2, False
-
-    def _tma_ready(tensor: torch.Tensor) -> bool:
-        size = tensor.element_size()
-        strides = tensor.stride()
-        return tensor.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides[:3])
 
     def _run_sink_window(
         query: torch.Tensor,
@@ -369,9 +359,35 @@ if HAS_TRITON:
         if heads is None:
             heads = index_tensor(tuple(head_list), query.device)
             kv_heads = index_tensor(tuple(kv_head_list), query.device)
+        if query.numel() == 0 or heads.numel() == 0:
+            return
+        # a window beyond every slot is no window; this keeps slot arithmetic inside 32 bits
+        window = min(window, 1 << 30)
+        others = (key, value) if sink_key is None else (key, value, sink_key, sink_value)
+        if q_start + q_len > kv_start and hopper_fits(query, others, num_sinks):
+            with torch.cuda.device_of(query):
+                run_hopper(
+                    query,
+                    key,
+                    value,
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    window=window,
+                    num_sinks=num_sinks,
+                    scale=scale,
+                    out=out,
+                    q_start=q_start,
+                    kv_start=kv_start,
+                    start=start,
+                    sink_key=sink_key,
+                    sink_value=sink_value,
+                    softcap=softcap,
+                    sink_logits=sink_logits,
+                )
+            return
         block_m, block_n, warps, stages, tma = _launch(query)
         block_d = max(16, triton.next_power_of_2(head_dim))
-        tma = tma and kv_len > 0 and _tma_ready(key) and _tma_ready(value)
+        tma = tma and kv_len > 0 and tma_ready(key) and tma_ready(value)
         desc_k = desc_v = None
         if tma:
             block = [1, 1, block_n, block_d]
@@ -387,8 +403,6 @@ if HAS_TRITON:
             scale_arg, softcap_arg = 2 * scale / softcap * log2e, softcap * log2e
         tiles = triton.cdiv(q_len, block_m)
         grid = (tiles * batch * heads.numel(),)
-        if 0 in grid:
-            return
         with torch.cuda.device_of(query):
             _sink_window_kernel[grid](
                 query,
@@ -416,8 +430,7 @@ if HAS_TRITON:
                 kv_len,
                 q_start,
                 kv_start,
-                # a window beyond every slot is no window; this keeps slot arithmetic inside 32 bits
-                min(window, 1 << 30),
+                window,
                 num_sinks,
                 sink_len,
                 scale_arg,
@@ -471,9 +484,7 @@ def check_attention_inputs(
             f"query and key must share batch and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     if out.shape != (batch, q_len, num_heads, head_dim):
-        raise ValueError(
-            f"out must be [B, M, Hq, D] = {(batch, q_len, num_heads, head_dim)}, got {tuple(out.shape)}"
-        )
+        raise ValueError(f"out must be [B, M, Hq, D] = {(batch, q_len, num_heads, head_dim)}, got {tuple(out.shape)}")
     if len(heads) != len(kv_heads):
         raise ValueError(f"heads and kv_heads must be of one length, got {len(heads)} and {len(kv_heads)}")
     for name, values, size in (("heads", heads, num_heads), ("kv_heads", kv_heads, key.shape[1])):
@@ -521,7 +532,8 @@ def sink_window_attention(
         softcap: scores become `softcap * tanh(score / softcap)`. sink_logits: `[Hq]`, learned sinks.
         backend: `"auto"` (Triton for half precision on CUDA), `"triton"` or `"reference"`.
 
-    The Triton kernel is forward only: where a gradient is asked for, the differentiable reference runs.
+    The Triton kernel is forward only: where a gradient is asked for, and on CPUs, tiles of
+    `scaled_dot_product_attention` run, or the reference where a soft-cap or learned sinks ask for it.
 
     Returns:
         `out`.
@@ -533,16 +545,12 @@ def sink_window_attention(
     if (sink_key is None) != (sink_value is None):
         raise ValueError("sink_key and sink_value must be given together")
     if window < 1 or num_sinks < 0 or scale <= 0:
-        raise ValueError(
-            f"expected window >= 1, num_sinks >= 0, scale > 0, got {window}, {num_sinks}, {scale}"
-        )
+        raise ValueError(f"expected window >= 1, num_sinks >= 0, scale > 0, got {window}, {num_sinks}, {scale}")
     if sink_key is None and num_sinks > 0 and kv_start > 0:
         raise ValueError(f"keys from slot {kv_start} on do not hold the sinks: give sink_key and sink_value")
     if sink_key is not None and sink_key.shape[2] > num_sinks:
         raise ValueError(f"sink_key holds {sink_key.shape[2]} tokens, more than num_sinks={num_sinks}")
-    triton_fits = query.shape[3] <= 256 and not needs_grad(
-        query, key, value, sink_key, sink_value, sink_logits, out
-    )
+    triton_fits = query.shape[3] <= 256 and not needs_grad(query, key, value, sink_key, sink_value, sink_logits, out)
     if use_triton(backend, query) and triton_fits:
         listed = isinstance(heads, torch.Tensor)
         _sink_window_op(
@@ -570,6 +578,25 @@ def sink_window_attention(
         heads, kv_heads = (
             index_tensor(tuple(heads), query.device),
             index_tensor(tuple(kv_heads), query.device),
+        )
+    if backend == "auto" and softcap is None and sink_logits is None:
+        if sink_key is None or sink_value is None:
+            sink_key, sink_value = gather_sinks(key, value, num_sinks=num_sinks, start=start)
+        return sink_window_attention_sdpa(
+            query,
+            key,
+            value,
+            heads=heads,
+            kv_heads=kv_heads,
+            window=window,
+            num_sinks=num_sinks,
+            scale=scale,
+            out=out,
+            q_start=q_start,
+            kv_start=kv_start,
+            start=start,
+            sink_key=sink_key,
+            sink_value=sink_value,
         )
     return sink_window_attention_reference(
         query,
