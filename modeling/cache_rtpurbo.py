@@ -41,8 +41,8 @@ class CacheView:
     """What one forward of a layer attends to, after its tokens were written.
 
     `q_start` is the number of slots before this forward. On a fresh cache (`q_start == 0`) the caller attends to its
-    own keys and values. `tail_key` and `tail_value` `[B, W, T, D]` (chunks only) are the last keys of the window store in
-    slot order, from slot `tail_start` on, with this forward's keys at the end; `sink_key`, `sink_value` the sinks.
+    own keys and values. `tail_key` and `tail_value` `[B, W, T, D]` (chunks only) are the last keys of the window store
+    in slot order, from slot `tail_start` on, with this forward's keys at the end; `sink_key`, `sink_value` the sinks.
     """
 
     q_start: int
@@ -298,6 +298,28 @@ class RTPurboCacheLayer(CacheLayerMixin):
             return 0
         row = self.keys.shape[3] * self.keys.element_size() + self.values.shape[3] * self.values.element_size()
         return self.keys.shape[0] * self.plan.num_kv_heads * self.length * row
+
+
+def predicted_nbytes(
+    plan: HeadPlan,
+    *,
+    batch: int,
+    length: int,
+    window: int,
+    num_sinks: int,
+    index_dim: int,
+    head_dim: int,
+    itemsize: int,
+) -> dict[str, int]:
+    """What `RTPurboCacheLayer.nbytes()` will say after a prefill of `length` tokens, in bytes by kind."""
+    row = 2 * head_dim * itemsize
+    ring = max(min(length - num_sinks + PREFILL_MARGIN, window + SLACK), 0) if length > num_sinks else 0
+    slots = length + PREFILL_MARGIN
+    return {
+        "full": batch * len(plan.full_kv) * slots * row,
+        "index": batch * len(plan.index_key_kv) * slots * index_dim * 2,
+        "window": batch * len(plan.window_kv) * (num_sinks + ring) * row,
+    }
 
 
 class RTPurboCache(Cache):

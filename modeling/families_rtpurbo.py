@@ -98,12 +98,13 @@ def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
                 yield module
 
 
-def is_full_attention(attention: nn.Module, config) -> bool:
-    """Whether this layer of the base model sees the whole context."""
-    layer_types = getattr(config, "layer_types", None)
+def full_attention_layers(config) -> list[int]:
+    """Indices of the layers of a base config that see the whole context through softmax attention."""
+    text = config.get_text_config(decoder=True)
+    layer_types = getattr(text, "layer_types", None)
     if layer_types is not None:
-        return layer_types[attention.layer_idx] == "full_attention"
-    return getattr(config, "sliding_window", None) is None
+        return [i for i, kind in enumerate(layer_types) if kind == "full_attention"]
+    return list(range(text.num_hidden_layers)) if getattr(text, "sliding_window", None) is None else []
 
 
 def full_attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -112,7 +113,8 @@ def full_attention_modules(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: the base has no full-attention layer.
     """
-    found = [m for m in attention_modules(model) if is_full_attention(m, m.config)]
+    layers = set(full_attention_layers(model.config))
+    found = [m for m in attention_modules(model) if m.layer_idx in layers]
     if not found:
         raise ValueError(
             f"the base model ({model.config.model_type}) has no full-attention layer: nothing to convert. "

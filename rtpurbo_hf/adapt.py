@@ -1,0 +1,286 @@
+"""The whole way: a dense base model in, an RTPurbo adapter and a report out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .auto import RTPurboForCausalLM
+from .benchmarks.harness import environment
+from .evaluation.fidelity import compare_modes
+from .presets import Preset
+from .report import write_report
+from .sources import BaseModel, load_base
+from .training.calibration import Calibration, calibrate, plot_heads
+from .training.data import EVALUATION_KEYS, NeedleMixer, TokenBlocks, load_texts, pack_documents, split_documents
+from .training.indexer_init import initialise_indexers
+from .training.indexer_trainer import IndexerTrainer, IndexerTrainingArguments, plot_losses
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_FILE = "calibration.json"
+_GENERATED = 16
+_CLEAN_PROCESS = """
+import json, sys, torch, transformers
+transformers.utils.logging.disable_progress_bar()
+path, ids, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+out = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)
+print("\\n" + json.dumps([type(model).__module__.split(".")[0], out[0, len(ids):].tolist()]))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """What `adapt` made: the model, where it was saved, and the report."""
+
+    model: RTPurboForCausalLM
+    adapter: Path
+    report: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    calibration: TokenBlocks
+    train: TokenBlocks
+    held_out: TokenBlocks
+    prompts: TokenBlocks
+
+
+def _data(source, tokenizer, settings: Preset, seed: int) -> _Data:
+    documents = load_texts(source, min_chars=2 * settings.context, seed=seed, limit=4000)
+    train, held_out = split_documents(documents, held_out=0.1, seed=seed)
+    length = settings.context
+    once = {"blocks_per_document": 2, "seed": seed}
+    held = settings.eval_blocks + settings.eval_prompts
+    evaluation = pack_documents(held_out, tokenizer, length, limit=held, **once)
+    if len(evaluation) < 2:
+        raise ValueError(
+            f"{source}: the held-out part gives {len(evaluation)} block of {length} tokens, at least 2 are needed; "
+            "give more or longer documents, or a shorter context"
+        )
+    texts = max(len(evaluation) * settings.eval_blocks // held, 1)
+    blocks = pack_documents(
+        train, tokenizer, length, limit=settings.train_blocks + settings.calibration_documents, **once
+    )
+    count = min(settings.calibration_documents, max(len(blocks) - 1, 1))
+    mixed = NeedleMixer(tokenizer).mix(_part(blocks, count, None), share=settings.needle_share, seed=seed)
+    return _Data(
+        calibration=_part(blocks, 0, count),
+        train=mixed,
+        held_out=_part(evaluation, 0, texts),
+        prompts=_part(evaluation, texts, None),
+    )
+
+
+def _part(blocks: TokenBlocks, first: int, last: int | None) -> TokenBlocks:
+    cut = slice(first, last)
+    return TokenBlocks(
+        blocks.input_ids[cut],
+        blocks.needle_rows[cut],
+        None if blocks.label_mask is None else blocks.label_mask[cut],
+        blocks.document_ids[cut],
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        logger.info("%s ...", name)
+        yield
+        self.seconds[name] = round(time.perf_counter() - begin, 2)
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "total": round(time.perf_counter() - self._begin, 2)}
+
+
+def check_in_clean_process(adapter: Path, model: RTPurboForCausalLM, ids: list[int]) -> None:
+    """Load the saved adapter without this package and generate what `model` generates.
+
+    Raises:
+        RuntimeError: it does not load, loads our package's code, or generates other tokens.
+    """
+    command = [sys.executable, "-P", "-c", _CLEAN_PROCESS, str(adapter.resolve()), json.dumps(ids), str(_GENERATED)]
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=adapter.parent, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the saved model does not load in a clean process:\n{done.stderr[-2000:]}")
+    module, tokens = json.loads(done.stdout.strip().splitlines()[-1])
+    device = model.device
+    expected = model.cpu().float().generate(torch.tensor([ids]), max_new_tokens=_GENERATED, do_sample=False)
+    model.to(device)
+    if module != "transformers_modules" or tokens != expected[0, len(ids) :].tolist():
+        raise RuntimeError(f"the reloaded model ({module}) generates other tokens than the saved one")
+
+
+def adapt(
+    base: str | BaseModel,
+    output: str | Path,
+    *,
+    settings: Preset,
+    data: Any = "system",
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    report_to: str | list[str] = "none",
+) -> Adaptation:
+    """Calibrate, train the indexers, save an adapter, load it again, and report what was gained and lost.
+
+    Args:
+        base: a Hub id, folder, GGUF file or short name, see `load_base`; or a loaded base.
+        output: folder for `adapter/`, `report/` and `trainer/`; an interrupted run goes on from its last checkpoint.
+        settings: see `Preset`.
+        data: text to calibrate, train and evaluate on, see `load_texts`.
+        seed: of data order, needles, initialisation and sampling.
+        device, dtype: of the model; indexers train in fp32.
+        report_to: as in `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: unsupported base, too little text, settings out of range, or `output` holds another run.
+    """
+    output = Path(output)
+    clock = _Clock()
+    with clock("load"):
+        source = base if isinstance(base, BaseModel) else load_base(base, dtype=dtype, device=device)
+    _claim(output, source, settings, seed, data)
+    model = RTPurboForCausalLM.from_base(
+        source.model,
+        base_model_name_or_path=source.path,
+        base_model_revision=source.revision if source.path == source.upstream else None,
+        sliding_window=settings.sliding_window,
+        num_sink_tokens=settings.num_sink_tokens,
+        index_dim=settings.index_dim,
+        index_rotary_dim=settings.index_rotary_dim,
+        index_rotary_wavelengths=settings.index_rotary_wavelengths(),
+        index_top_p=settings.index_top_p,
+        index_min_tokens=settings.index_min_tokens,
+        index_block_size=settings.index_block_size,
+        index_key_sharing=settings.index_key_sharing,
+    )
+    with clock("data"):
+        blocks = _data(data, source.tokenizer, settings, seed)
+    with clock("calibrate"):
+        calibration = _calibration(output, model, source, blocks, settings, seed)
+        model.set_retrieval_heads(calibration.retrieval_heads)
+    with clock("initialise"):
+        documents = [block["input_ids"] for block in blocks.calibration]
+        initialise_indexers(model, documents, method=settings.initialisation, seed=seed)
+    with clock("train"):
+        trainer = _train(output, model, blocks, settings, seed, report_to)
+    adapter = output / "adapter"
+    with clock("save and reload"):
+        model.eval()
+        model.save_pretrained(adapter, adapter_only=True)
+        source.tokenizer.save_pretrained(adapter)
+        calibration.save(adapter / CALIBRATION_FILE)
+        check_in_clean_process(adapter, model, blocks.held_out.input_ids[0, :64].tolist())
+        model = RTPurboForCausalLM.from_pretrained(adapter, dtype=dtype).to(device).eval()
+    with clock("evaluate"):
+        mixer = NeedleMixer(source.tokenizer, keys=EVALUATION_KEYS)
+        gap = min(settings.sliding_window, settings.context // 2)
+        needles = [
+            mixer.insert(row.tolist(), seed=f"{seed}:{i}", gap=gap) for i, row in enumerate(blocks.prompts.input_ids)
+        ]
+        variants = compare_modes(model, list(blocks.held_out.input_ids), needles, rows=settings.eval_rows)
+        kv_bytes, kv_bytes_dense = _measured_kv_bytes(model, blocks.held_out.input_ids[0])
+    figures = {name: figure.to_dict() for name, figure in variants.items()}
+    sparse = variants["sparse"]
+    report = {
+        "model": source.name,
+        "settings": dataclasses.asdict(settings),
+        "retrieval_heads": sum(map(len, calibration.retrieval_heads)),
+        "query_heads": len(model.converted()) * model.config.get_text_config().num_attention_heads,
+        "dense": figures["dense"],
+        "streaming": figures["streaming"],
+        "rtpurbo": figures["sparse"],
+        "selected_fraction": sparse.selected_fraction,
+        "kept_mass": sparse.kept_mass,
+        "kv_bytes": kv_bytes,
+        "kv_bytes_dense": kv_bytes_dense,
+        "rows": sparse.rows,
+        "questions": sparse.questions,
+        "stage1": _last_metrics(trainer),
+        "seed": seed,
+        "seconds": clock.total(),
+        "environment": environment(),
+    }
+    folder = output / "report"
+    write_report(report, folder)
+    plot_heads(calibration, folder / "heads.png")
+    plot_losses(trainer.state.log_history, folder / "losses.png")
+    return Adaptation(model, adapter, report)
+
+
+def _claim(output: Path, source: BaseModel, settings: Preset, seed: int, data: Any) -> None:
+    """Leave a note in `output` of what runs there, and refuse a folder with another run's note."""
+    note = output / "run.json"
+    record = {"base": source.path, "settings": dataclasses.asdict(settings), "seed": seed, "data": str(data)}
+    if note.exists():
+        if json.loads(note.read_text(encoding="utf-8")) != json.loads(json.dumps(record)):
+            raise ValueError(f"{output} holds a run with other settings: choose another --output, or remove it")
+        return
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty and holds no run of ours: choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _calibration(output: Path, model, source: BaseModel, blocks: _Data, settings: Preset, seed: int) -> Calibration:
+    path = output / CALIBRATION_FILE
+    if path.exists():
+        logger.info("%s: calibration of the interrupted run", path)
+        return Calibration.load(path)
+    documents = [block["input_ids"] for block in blocks.calibration]
+    calibration = calibrate(model, documents, ratio=settings.ratio, seed=seed)
+    calibration.save(path)
+    return calibration
+
+
+def _train(output: Path, model, blocks: _Data, settings: Preset, seed: int, report_to) -> IndexerTrainer:
+    arguments = IndexerTrainingArguments(
+        output_dir=str(output / "trainer"),
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        rows_per_document=settings.rows_per_document,
+        per_device_train_batch_size=1,
+        logging_steps=max(settings.steps // 40, 1),
+        save_steps=max(settings.steps // 4, 1),
+        save_total_limit=1,
+        seed=seed,
+        report_to=report_to,
+        use_cpu=model.device.type == "cpu",
+    )
+    trainer = IndexerTrainer(model=model, args=arguments, train_dataset=blocks.train, eval_dataset=blocks.held_out)
+    checkpoints = sorted((output / "trainer").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=bool(checkpoints) or None)
+    return trainer
+
+
+def _last_metrics(trainer: IndexerTrainer) -> dict[str, float]:
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"first_loss": entries[0]["loss"], "last_loss": entries[-1]["loss"]} if entries else {}
+
+
+def _measured_kv_bytes(model: RTPurboForCausalLM, ids: torch.Tensor) -> tuple[int, int]:
+    """Bytes that the cache really holds after a prefill, and what a dense one would."""
+    cache = model.new_cache()
+    with torch.inference_mode():
+        model(ids.long()[None].to(model.device), past_key_values=cache, logits_to_keep=1)
+    return cache.nbytes()["total"], cache.dense_nbytes()

@@ -1,0 +1,319 @@
+"""The `rtpurbo` command. Every command has `--help` with an example, and exits non-zero with one line on bad input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="rtpurbo",
+    help="Turn a full-attention Hugging Face LLM into a sparse one (RTPurbo), and run it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+_READABLE = (ValueError, OSError, RuntimeError, NotImplementedError)
+
+
+class DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Granularity(StrEnum):
+    head = "head"
+    kv_head = "kv_head"
+
+
+Base = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a short name: smollm2-135m, gemma3-270m.")]
+Checkpoint = Annotated[str, typer.Argument(help="RTPurbo checkpoint: a folder or a Hub id.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", help="Text: a file, folder, Hub data set, or 'system'; may be repeated.", show_default="system"
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of data order, needles, initialisation and sampling.")]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, or auto.")]
+Precision = Annotated[
+    DType | None, typer.Option(help="Dtype of the model.", show_default="float32 on CPU, else bfloat16")
+]
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device here; use --device cpu")
+    return name
+
+
+def _dtype(choice: DType | None, device: str):
+    import torch
+
+    if choice is None:
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return getattr(torch, choice.value)
+
+
+def _checkpoint(name: str) -> str:
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise ValueError(f"checkpoint {name!r} is neither a folder nor a Hub id 'owner/name'")
+    return name
+
+
+@app.callback()
+def _main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,  # read by main()
+) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(format="%(message)s", level=level)
+    logging.getLogger("rtpurbo_hf").setLevel(logging.INFO)
+
+
+@app.command(epilog="Example: rtpurbo adapt smollm2-135m --preset demo --output build/demo")
+def adapt(
+    base: Base,
+    output: Output,
+    preset: Annotated[str, typer.Option(help="Settings to start from: default, paper or demo.")] = "default",
+    context: Annotated[int | None, typer.Option(help="Tokens in a block, and the length to serve.")] = None,
+    window: Annotated[int | None, typer.Option(help="Sliding window of local heads.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Part of the query heads that retrieve.")] = None,
+    index_dim: Annotated[int | None, typer.Option(help="Index dimensions.")] = None,
+    index_rotary_dim: Annotated[int | None, typer.Option(help="How many of them are rotated.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Attention mass to select.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Floor on the selected tokens.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Stage-1 steps.")] = None,
+    train_blocks: Annotated[int | None, typer.Option(help="Blocks in the training set.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Stage-1 learning rate.")] = None,
+    data: Data = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = None,
+    report_to: Annotated[str, typer.Option(help="As in transformers: none, tensorboard, wandb, ...")] = "none",
+) -> None:
+    """Calibrate, train the indexer, save an adapter, load it again, and report what was gained and lost."""
+    from .adapt import adapt as run
+    from .presets import preset as named
+    from .report import markdown
+
+    settings = named(
+        preset,
+        context=context,
+        sliding_window=window,
+        ratio=ratio,
+        index_dim=index_dim,
+        index_rotary_dim=index_rotary_dim,
+        index_top_p=top_p,
+        index_min_tokens=min_tokens,
+        steps=steps,
+        train_blocks=train_blocks,
+        learning_rate=learning_rate,
+    )
+    device = _device(device)
+    done = run(
+        base,
+        output,
+        settings=settings,
+        data=data or "system",
+        seed=seed,
+        device=device,
+        dtype=_dtype(dtype, device),
+        report_to=report_to,
+    )
+    typer.echo(markdown(done.report))
+    typer.echo(f"adapter: {done.adapter}\nreport:  {output / 'report'}")
+
+
+@app.command(epilog="Example: rtpurbo calibrate smollm2-135m --context 4096 --ratio 0.15 --output heads/")
+def calibrate(
+    base: Base,
+    output: Output,
+    context: Annotated[int, typer.Option(help="Tokens in a document.")] = 32768,
+    documents: Annotated[int, typer.Option(help="Documents to average over.")] = 4,
+    ratio: Annotated[float, typer.Option(help="Part of the query heads that retrieve.")] = 0.15,
+    granularity: Annotated[Granularity, typer.Option(help="Take single heads, or whole KV groups.")] = Granularity.head,
+    data: Data = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = None,
+) -> None:
+    """Rank the heads of a base model and write calibration.json and heads.png."""
+    from .auto import RTPurboForCausalLM
+    from .sources import load_base
+    from .training.calibration import calibrate as run
+    from .training.calibration import plot_heads
+    from .training.data import load_texts, pack_documents
+
+    target = output / "calibration.json"
+    if target.exists():
+        raise ValueError(f"{target} exists: choose another --output, or remove it")
+    device = _device(device)
+    source = load_base(base, dtype=_dtype(dtype, device), device=device)
+    texts = load_texts(data or "system", min_chars=2 * context, seed=seed, limit=50 * documents)
+    blocks = pack_documents(texts, source.tokenizer, context, blocks_per_document=1, limit=documents, seed=seed)
+    model = RTPurboForCausalLM.from_base(source.model, base_model_revision=source.revision)
+    found = run(model, [block["input_ids"] for block in blocks], ratio=ratio, granularity=granularity.value, seed=seed)
+    output.mkdir(parents=True, exist_ok=True)
+    found.save(target)
+    plot_heads(found, output / "heads.png")
+    count = sum(map(len, found.retrieval_heads))
+    typer.echo(f"{count} retrieval heads; wrote {target} and {output / 'heads.png'}")
+
+
+@app.command(
+    "train-indexer", epilog="Example: rtpurbo train-indexer smollm2-135m --heads heads/calibration.json -o out/"
+)
+def train_indexer(
+    base: Base,
+    output: Output,
+    heads: Annotated[Path, typer.Option(help="calibration.json of `rtpurbo calibrate`.")],
+    preset: Annotated[str, typer.Option(help="Settings to start from: default, paper or demo.")] = "default",
+    context: Annotated[int | None, typer.Option(help="Tokens in a block.")] = None,
+    window: Annotated[int | None, typer.Option(help="Sliding window of local heads.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps.")] = None,
+    train_blocks: Annotated[int | None, typer.Option(help="Blocks in the training set.")] = None,
+    data: Data = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = None,
+    report_to: Annotated[str, typer.Option(help="As in transformers: none, tensorboard, wandb, ...")] = "none",
+) -> None:
+    """Train the indexers of given retrieval heads (stage 1) and save an adapter; goes on after an interruption."""
+    from .adapt import train_adapter
+    from .presets import preset as named
+    from .training.calibration import Calibration
+
+    settings = named(preset, context=context, sliding_window=window, steps=steps, train_blocks=train_blocks)
+    device = _device(device)
+    adapter, metrics = train_adapter(
+        base,
+        output,
+        Calibration.load(heads),
+        settings=settings,
+        data=data or "system",
+        seed=seed,
+        device=device,
+        dtype=_dtype(dtype, device),
+        report_to=report_to,
+    )
+    typer.echo(json.dumps(metrics, indent=2))
+    typer.echo(f"adapter: {adapter}")
+
+
+@app.command(epilog="Example: rtpurbo generate build/demo/adapter --prompt 'Once upon a time' --max-new-tokens 40")
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str | None, typer.Option(help="Prompt; '-' reads standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the text to a file as well.")] = None,
+) -> None:
+    """Generate from an RTPurbo checkpoint, streaming to standard output."""
+    from transformers import AutoTokenizer, TextStreamer, set_seed
+
+    from .auto import RTPurboForCausalLM
+
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give exactly one of --prompt and --prompt-file")
+    text = prompt_file.read_text(encoding="utf-8") if prompt_file else sys.stdin.read() if prompt == "-" else prompt
+    if output is not None and output.exists():
+        raise ValueError(f"{output} exists: choose another --output, or remove it")
+    checkpoint, device = _checkpoint(checkpoint), _device(device)
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=_dtype(dtype, device)).to(device).eval()
+    if chat:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    if output is not None:
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        output.write_text(tokenizer.decode(new, skip_special_tokens=True) + "\n", encoding="utf-8")
+
+
+@app.command(epilog="Example: rtpurbo info build/demo/adapter --context 131072")
+def info(
+    checkpoint: Checkpoint,
+    context: Annotated[int, typer.Option(help="Tokens in the cache, for the byte counts.")] = 131072,
+    dtype: Annotated[DType, typer.Option(help="Dtype of keys and values.")] = DType.bfloat16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON to a file.")] = None,
+) -> None:
+    """Tell what a checkpoint holds: heads, index size, freeable KV heads, cache bytes against a dense cache."""
+    import torch
+
+    from .auto import RTPurboConfig
+    from .info import checkpoint_info
+
+    facts = checkpoint_info(
+        RTPurboConfig.from_pretrained(_checkpoint(checkpoint)), context=context, dtype=getattr(torch, dtype.value)
+    ).to_dict()
+    if output is not None:
+        output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    share = facts["kv_bytes"]["total"] / facts["kv_bytes_dense"]
+    growth = facts["kv_bytes_per_1k_tokens"] / facts["kv_bytes_per_1k_tokens_dense"]
+    for name, value in (
+        ("base model", f"{facts['base_model']} ({facts['base_family']})"),
+        ("converted layers", f"{facts['converted_layers']} of {facts['layers']}"),
+        ("retrieval heads", f"{facts['retrieval_heads']} of {facts['query_heads']} query heads"),
+        ("freeable KV heads", f"{facts['freeable_kv_heads']} of {facts['kv_heads']}"),
+        ("index weights", f"{facts['index_parameters']:,}"),
+        (f"KV bytes at {context:,}", f"{facts['kv_bytes']['total']:,} ({share:.1%} of {facts['kv_bytes_dense']:,})"),
+        ("KV bytes per 1K tokens", f"{facts['kv_bytes_per_1k_tokens']:,} ({growth:.1%} of dense)"),
+    ):
+        typer.echo(f"{name + ':':26}{value}")
+
+
+@bench.command("kernels", epilog="Example: rtpurbo bench kernels --preset paper --output results/")
+def bench_kernels(
+    output: Output = Path("build/bench"),
+    preset: Annotated[str, typer.Option(help="paper, quick or full.")] = "quick",
+    only: Annotated[str | None, typer.Option(help="prefill or decode.")] = None,
+) -> None:
+    """Time our kernels and their peers in one process (CUDA only); each figure is checked against a reference."""
+    from .benchmarks.kernels import run_kernel_benchmarks
+
+    _device("cuda")
+    run_kernel_benchmarks(preset, output, only=only)
+
+
+def main() -> None:
+    """Run the command line; errors of input end in one line and exit code 1."""
+    try:
+        app()
+    except _READABLE as error:
+        if "--debug" in sys.argv:
+            raise
+        message = " ".join(str(error).split())
+        typer.echo(f"rtpurbo: {type(error).__name__}: {message}", err=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

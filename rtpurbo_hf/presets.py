@@ -1,0 +1,92 @@
+"""Named settings for adapting a model: the paper's, ours, and the demo's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that `rtpurbo adapt` decides, apart from the model and the data.
+
+    Args:
+        context: tokens in a training block, and the length to serve.
+        sliding_window, num_sink_tokens: what local heads see.
+        ratio: part of all query heads that become retrieval heads.
+        index_dim, index_rotary_dim, index_top_p, index_min_tokens, index_block_size, index_key_sharing: the index.
+        calibration_documents: blocks of text that heads are ranked on.
+        train_blocks: blocks of the training set. needle_share: part of them with key-value needles.
+        steps, learning_rate, warmup_steps: stage 1.
+        rows_per_document: sampled query rows of a block in a step; -1 takes all.
+        initialisation: `"svd"` or `"random"`.
+        eval_blocks, eval_prompts, eval_rows: held-out text blocks, key-value prompts, and scored rows of a block.
+    """
+
+    context: int = 32768
+    sliding_window: int = 8192
+    num_sink_tokens: int = 4
+    ratio: float = 0.15
+    index_dim: int = 16
+    index_rotary_dim: int = 4
+    index_top_p: float = 0.9
+    index_min_tokens: int = 128
+    index_block_size: int = 1
+    index_key_sharing: str = "head"
+    calibration_documents: int = 4
+    train_blocks: int = 256
+    needle_share: float = 1 / 3
+    steps: int = 600
+    learning_rate: float = 1e-3
+    warmup_steps: int = 60
+    rows_per_document: int = 64
+    initialisation: str = "svd"
+    eval_blocks: int = 8
+    eval_prompts: int = 8
+    eval_rows: int = 512
+
+    def index_rotary_wavelengths(self) -> list[float]:
+        """Shortest and longest wavelength of the rotated index dimensions, in tokens."""
+        return [64.0, 4.0 * self.context]
+
+
+DEFAULT = Preset()
+PRESETS = {
+    "default": DEFAULT,
+    # PAPER sections 6 and 7
+    "paper": replace(
+        DEFAULT,
+        context=49152,
+        index_rotary_dim=0,
+        index_min_tokens=0,
+        index_block_size=64,
+        train_blocks=600,
+        warmup_steps=100,
+        rows_per_document=-1,
+        initialisation="random",
+    ),
+    # SmolLM2-135M within minutes on two CPU cores
+    "demo": replace(
+        DEFAULT,
+        context=4096,
+        sliding_window=1024,
+        train_blocks=12,
+        steps=200,
+        warmup_steps=20,
+        rows_per_document=16,
+        learning_rate=3e-3,
+        eval_blocks=4,
+        eval_prompts=6,
+        eval_rows=256,
+    ),
+}
+
+
+def preset(name: str, **overrides) -> Preset:
+    """The named preset, with those overrides that are not None.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; presets are {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **{key: value for key, value in overrides.items() if value is not None})
