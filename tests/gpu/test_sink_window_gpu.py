@@ -44,7 +44,7 @@ def sampled_error(
     softcap=None,
     logits=None,
     row=0,
-) -> float:
+):  # fmt: skip
     """Worst relative error over the heads at the given query rows (slots = rows) of batch row `row`."""
     rows = torch.tensor(sorted({r for r in rows if first <= r < query.shape[2]}), device="cuda")
     n = torch.arange(key.shape[2], device="cuda") - first
@@ -68,7 +68,7 @@ def sampled_error(
 
 def edges(length: int, window: int) -> list[int]:
     near = [0, 1, 3, 4, 63, 64, 127, 128, 191, 192, window - 1, window, window + 1, window + 200]
-    return near + [length // 2 + 17, length - 130, length - 129, length - 2, length - 1]
+    return [*near, length // 2 + 17, length - 130, length - 129, length - 2, length - 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -1,0 +1,62 @@
+"""`rtpurbo bench kernels`: prefill and decode kernels against their peers, one table, one result file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from .harness import Row, copy_bandwidth, environment, matmul_rate, table, write
+
+PARTS = ("prefill", "decode")
+PRESETS = ("quick", "paper", "full")
+COLUMNS = ("geometry", "batch", "tflops", "dense_path", "check", "checked_error")
+
+
+def run_kernel_benchmarks(
+    preset: str, output: str | Path, only: str | None = None, *, name: str = "kernels"
+) -> list[Row]:
+    """Run, check and store the kernel benchmarks; needs a CUDA device.
+
+    Args:
+        preset: `"quick"` (a minute), `"paper"` (the lengths and geometry of the paper's figures) or `"full"`.
+        output: folder for `name`.json, .csv and .png.
+        only: `"prefill"` or `"decode"`; None: both.
+
+    Raises:
+        ValueError: unknown preset or part.
+    """
+    if only is not None and only not in PARTS:
+        raise ValueError(f"only must be one of {PARTS} or None, got {only!r}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
+    rows: list[Row] = []
+    if only in (None, "prefill"):
+        from . import kernels_prefill
+
+        rows += kernels_prefill.run(preset)
+    if only in (None, "decode"):
+        from . import kernels_decode
+
+        rows += kernels_decode.run(preset)
+    ceilings = {"copy_bytes_per_s": copy_bandwidth(), "bf16_matmul_flops_per_s": matmul_rate()}
+    write(rows, Path(output) / name, meta=environment() | {"preset": preset, "ceilings": ceilings})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="quick")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the result files")
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--name", default="kernels", help="basename of the result files")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    rows = run_kernel_benchmarks(arguments.preset, arguments.output, arguments.only, name=arguments.name)
+    print(table(rows, extra=COLUMNS))
+    if any(row.extra.get("check") != "ok" for row in rows):
+        raise SystemExit("some results are wrong: see the rows whose check is red")
+
+
+if __name__ == "__main__":
+    main()
