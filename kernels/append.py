@@ -160,7 +160,7 @@ if HAS_TRITON:
                 # of two tokens of one step in one place, the later one stays
                 last = length - slot + position
                 stays = (position < num_sinks) | (position + ring >= last)
-                m_real = m_dim & (position >= 0) & stays
+                m_real = o_dim < tl.where((position >= 0) & stays, HEAD_DIM, 0)
                 p_to = p_window_key + i_batch * stride_wkb + i_window * stride_wkh + at * stride_wkn
                 tl.store(p_to + o_dim, b_key.to(p_window_key.dtype.element_ty), mask=m_real)
                 p_to = p_window_value + i_batch * stride_wvb + i_window * stride_wvh + at * stride_wvn

@@ -15,7 +15,7 @@ import torch
 from .common import HAS_TRITON, starts, tl, triton, use_triton
 from .top_p import index_scores_reference, top_p_set_reference
 from .two_phase import launch, wait_for_all
-from .workspace import HISTOGRAM_BINS, DecodeWorkspace, head_table, num_processors
+from .workspace import HISTOGRAM_BINS, HISTOGRAM_SPAN, DecodeWorkspace, head_table, num_processors
 
 
 class Selection(NamedTuple):
@@ -114,6 +114,7 @@ if HAS_TRITON:
         p_codes,
         p_tile_max,
         p_histogram,
+        p_sums,
         p_peak,
         num_seen,
         first,
@@ -126,6 +127,7 @@ if HAS_TRITON:
         LANES: tl.constexpr,
         BLOCK: tl.constexpr,
         BINS: tl.constexpr,
+        SPAN: tl.constexpr,
         STEPS: tl.constexpr,
         SPLIT_QUERY: tl.constexpr,
         INT8: tl.constexpr,
@@ -134,14 +136,17 @@ if HAS_TRITON:
     ):
         """Score tiles `first..last` of one query row; leave their codes, tile maxima and one histogram behind.
 
-        Scores are counted in steps of 1/STEPS octave, floor(STEPS * log2(e) * s): absolute numbers, so that the
-        histograms of different CTAs share their bin edges. A histogram is circular, bin = step mod BINS, and
-        holds the BINS - 1 steps below the largest seen (`peak`). A code is the distance to the tile's maximum.
+        Scores are counted in steps of 1/STEPS octave, floor(STEPS * log2(e) * s): absolute numbers, so that all
+        CTAs share their bin edges. A CTA's histogram is circular, bin = step mod BINS, and holds the BINS - 1 steps
+        from the largest seen (`peak`) down. It is added to the row's, where a step has its own place, and its
+        running sums are kept: they tell how much of the list precedes each CTA. A code is the distance to the
+        tile's maximum.
         """
         TILE: tl.constexpr = ROWS * LANES
         UNITS: tl.constexpr = TILE // BLOCK
         LOG2E: tl.constexpr = 1.4426950408889634
         FLOOR: tl.constexpr = -32768
+        HALF: tl.constexpr = SPAN // 2
         o_row = tl.arange(0, ROWS)
         o_lane = tl.arange(0, LANES)
         o_k = tl.arange(0, LANES * PADDED)
@@ -201,7 +206,7 @@ if HAS_TRITON:
                 b_value = (b_top + tl.log2(tl.sum(tl.exp2(b_block - b_top[:, None]), 1))) * STEPS
                 o_unit = tl.arange(0, UNITS)
                 m_unit = o_unit * BLOCK < left
-            b_step = tl.minimum(tl.maximum(tl.floor(b_value), -32000.0), 32000.0).to(tl.int32)
+            b_step = tl.minimum(tl.maximum(tl.floor(b_value), 1.0 - HALF), HALF - 1.0).to(tl.int32)
             b_step = tl.where(m_unit, b_step, FLOOR)
             if BLOCK == 1:
                 tile_max = tl.max(tl.max(b_step, 1), 0)
@@ -221,7 +226,10 @@ if HAS_TRITON:
                 b_histogram += tl.histogram(b_bin, BINS, mask=m_bin)
             else:
                 b_histogram += tl.histogram(b_step & (BINS - 1), BINS, mask=m_count)
-        tl.store(p_histogram + o_bin, b_histogram)
+        b_place = peak - ((peak - o_bin) & (BINS - 1))
+        m_place = (b_histogram > 0) & (b_place > peak - (BINS - 1))
+        tl.atomic_add(p_histogram + HALF + b_place, b_histogram, mask=m_place, sem="relaxed")
+        tl.store(p_sums + o_bin, tl.cumsum(b_histogram, 0))
         tl.store(p_peak, peak)
 
     @triton.jit
@@ -229,6 +237,7 @@ if HAS_TRITON:
         p_codes,
         p_tile_max,
         p_histogram,
+        p_sums,
         p_peak,
         p_indices,
         p_counts,
@@ -241,87 +250,91 @@ if HAS_TRITON:
         last,
         UNITS: tl.constexpr,
         BINS: tl.constexpr,
+        SPAN: tl.constexpr,
         STEPS: tl.constexpr,
         TILES: tl.constexpr,
         SPLITS: tl.constexpr,
-        SPLIT_ROWS: tl.constexpr,
     ):
-        """Find the row's threshold from all its histograms, and list the selected units of tiles `first..last`."""
+        """Find the row's threshold in its histogram, and list the selected units of tiles `first..last`."""
         o_split = tl.arange(0, SPLITS)
         o_far = tl.arange(0, BINS)
         b_peaks = tl.load(p_peak + o_split, mask=o_split < num_splits, other=-32768, cache_modifier=".cg")
         top = tl.max(b_peaks, 0)
         # bins in the order of falling scores: distance 0 holds the row's maximum
-        o_bin = (top - o_far) & (BINS - 1)
-        b_all = tl.zeros([BINS], dtype=tl.int32)
-        b_before = tl.zeros([BINS], dtype=tl.int32)
-        o_some = tl.arange(0, SPLIT_ROWS)
-        for i_first in tl.range(0, num_splits, SPLIT_ROWS):
-            i_some = i_first + o_some
-            m_some = i_some < num_splits
-            b_peak = tl.load(p_peak + i_some, mask=m_some, other=-32768, cache_modifier=".cg")
-            # a split whose maximum is lower holds other steps in the bins above it
-            m_bins = m_some[:, None] & ((top - o_far)[None, :] <= b_peak[:, None]) & (o_far < BINS - 1)[None, :]
-            # [SPLIT_ROWS, BINS]
-            b_some = tl.load(
-                p_histogram + i_some[:, None] * BINS + o_bin[None, :], mask=m_bins, other=0, cache_modifier=".cg"
-            )
-            b_all += tl.sum(b_some, 0)
-            b_before += tl.sum(tl.where((i_some < i_split)[:, None], b_some, 0), 0)
+        i_bin = top - o_far + SPAN // 2
+        m_bin = (i_bin >= 0) & (o_far < BINS - 1)
+        b_all = tl.load(p_histogram + i_bin, mask=m_bin, other=0, cache_modifier=".cg")
         b_count = tl.cumsum(b_all, 0)
         inside = tl.sum(b_all, 0)
-        # a unit at distance d weighs between 2^(-d/STEPS) and one step more, relative to the top edge's lower end
+        # a unit at distance d weighs from 2^(-d/STEPS) up to one step more, in units of the top bin's lower edge
         b_low = tl.exp2(-o_far.to(tl.float32) / STEPS) * b_all.to(tl.float32)
-        b_high = b_low * tl.exp2(1.0 / STEPS + 0.0 * b_low)
         b_selected = tl.cumsum(b_low, 0)
+        # the units below the window weigh at most as much as its lower edge
         below = (num_units - inside).to(tl.float32) * tl.exp2(-(BINS - 2.0) / STEPS + 0.0 * top_p)
-        b_rest = tl.sum(b_high, 0) - tl.cumsum(b_high, 0) + below
+        step = tl.exp2(1.0 / STEPS + 0.0 * top_p)
+        b_rest = (tl.sum(b_low, 0) - b_selected) * step + below
         m_mass = b_selected >= top_p * (b_selected + b_rest)
         m_enough = m_mass & (b_count >= wanted_units)
         cut = tl.min(tl.where(m_enough, o_far, BINS), 0)
-        mass_cut = tl.min(tl.where(m_mass, o_far, BINS), 0)
         # units below the window of the histogram, latest first: only to reach the floor on the count
         extra = num_units * 0
         if cut == BINS:
             cut = BINS - 2
             extra = num_units - inside
-            if mass_cut < BINS:
+            if tl.max(m_mass.to(tl.int32), 0) > 0:
                 extra = tl.minimum(extra, wanted_units - inside)
-        m_cut = o_far <= cut
         lowest = top - cut
-        offset = tl.sum(tl.where(m_cut, b_before, 0), 0)
-        total = tl.sum(tl.where(m_cut, b_all, 0), 0)
-        under_before = first * UNITS - tl.sum(b_before, 0)
-        # rank, counted from the first unit, from which on units below the window are taken
-        under_skip = (num_units - inside) - extra
-        offset += tl.maximum(under_before - under_skip, 0)
         if i_split == 0:
-            tl.store(p_counts, total + extra)
+            tl.store(p_counts, tl.sum(tl.where(o_far <= cut, b_all, 0), 0) + extra)
+        # how many units each earlier CTA lists: a difference of its running sums, around the circle
+        low_bin = lowest & (BINS - 1)
+        b_peak_bin = b_peaks & (BINS - 1)
+        m_earlier = (o_split < i_split) & (b_peaks >= lowest)
+        p_sum = p_sums + o_split * BINS
+        b_to_peak = tl.load(p_sum + b_peak_bin, mask=m_earlier, other=0, cache_modifier=".cg")
+        b_to_low = tl.load(p_sum + low_bin - 1, mask=m_earlier & (o_split * 0 < low_bin), other=0, cache_modifier=".cg")
+        b_turn = tl.load(p_sum + BINS - 1, mask=m_earlier & (b_peak_bin < low_bin), other=0, cache_modifier=".cg")
+        before = tl.sum(b_to_peak - b_to_low + b_turn, 0)
+        # of the units below the window, the first `under_skip` of the row stay out
+        under_skip = num_units - inside - extra
+        under = first * UNITS - before
+        offset = before
         o_tile = tl.arange(0, TILES)
         o_unit = tl.arange(0, UNITS)
-        for i_tile in tl.range(first, last, TILES):
-            i_tiles = i_tile + o_tile
-            m_tiles = i_tiles < last
-            # a tile is compared by its own maximum: code <= limit
-            b_tile_max = tl.load(p_tile_max + i_tiles, mask=m_tiles, other=-65536, cache_modifier=".cg")
-            b_limit = b_tile_max - lowest
-            if (tl.max(b_limit, 0) >= 0) | (extra > 0):
-                i_unit = i_tiles[:, None] * UNITS + o_unit[None, :]
+        if extra > 0:
+            offset += tl.maximum(under - under_skip, 0)
+            for i_tile in tl.range(first, last, TILES):
+                m_tiles = i_tile + o_tile < last
+                b_tile_max = tl.load(p_tile_max + i_tile + o_tile, mask=m_tiles, other=-65536, cache_modifier=".cg")
+                i_unit = (i_tile + o_tile)[:, None] * UNITS + o_unit[None, :]
                 m_unit = m_tiles[:, None] & (i_unit < num_units)
                 b_code = tl.load(p_codes + i_unit, mask=m_unit, other=255, cache_modifier=".cg").to(tl.int32)
-                b_taken = (m_unit & (b_code <= b_limit[:, None])).to(tl.int32)
-                if extra > 0:
-                    m_under = m_unit & (b_code > (b_tile_max - (top - (BINS - 2)))[:, None])
-                    b_under = tl.reshape(m_under.to(tl.int32), [TILES * UNITS])
-                    b_rank = under_before + tl.cumsum(b_under, 0)
-                    under_before += tl.sum(b_under, 0)
-                    b_late = tl.reshape(((b_under > 0) & (b_rank > under_skip)).to(tl.int32), [TILES, UNITS])
-                    b_taken = tl.maximum(b_taken, b_late)
-                b_flat = tl.reshape(b_taken, [TILES * UNITS])
-                b_place = offset + tl.cumsum(b_flat, 0) - b_flat
+                b_inside = tl.reshape((b_code <= (b_tile_max - lowest)[:, None]).to(tl.int32), [TILES * UNITS])
+                b_seen = tl.reshape(m_unit.to(tl.int32), [TILES * UNITS])
+                b_under = (1 - b_inside) * b_seen
+                b_rank = under + tl.cumsum(b_under, 0)
+                under += tl.sum(b_under, 0)
+                b_taken = b_seen * tl.maximum(b_inside, (b_rank > under_skip).to(tl.int32))
+                b_place = offset + tl.cumsum(b_taken, 0) - 1
                 o_flat = i_tile * UNITS + tl.arange(0, TILES * UNITS)
-                tl.store(p_indices + b_place, o_flat, mask=b_flat > 0)
-                offset += tl.sum(b_flat, 0)
+                tl.store(p_indices + b_place, o_flat, mask=b_taken > 0)
+                offset += tl.sum(b_taken, 0)
+        else:
+            for i_tile in tl.range(first, last, TILES, num_stages=3):
+                m_tiles = i_tile + o_tile < last
+                b_tile_max = tl.load(p_tile_max + i_tile + o_tile, mask=m_tiles, other=-65536)
+                i_unit = (i_tile + o_tile)[:, None] * UNITS + o_unit[None, :]
+                m_unit = m_tiles[:, None] & (i_unit < num_units)
+                b_code = tl.load(p_codes + i_unit, mask=m_unit, other=255)
+                # a tile is compared by its own maximum; past the end the code is 255, which no limit reaches
+                b_limit = tl.minimum(b_tile_max - lowest, BINS - 2)
+                if tl.max(b_limit, 0) >= 0:
+                    b_taken = (b_code.to(tl.int32) <= b_limit[:, None]).to(tl.int32)
+                    b_flat = tl.reshape(b_taken, [TILES * UNITS])
+                    b_place = offset + tl.cumsum(b_flat, 0) - 1
+                    o_flat = i_tile * UNITS + tl.arange(0, TILES * UNITS)
+                    tl.store(p_indices + b_place, o_flat, mask=b_flat > 0)
+                    offset += tl.sum(b_flat, 0)
 
     @triton.jit
     def _score_select_kernel(
@@ -331,6 +344,7 @@ if HAS_TRITON:
         p_codes,
         p_tile_max,
         p_histogram,
+        p_sums,
         p_peak,
         p_barrier,
         p_indices,
@@ -361,10 +375,10 @@ if HAS_TRITON:
         LANES: tl.constexpr,
         BLOCK: tl.constexpr,
         BINS: tl.constexpr,
+        SPAN: tl.constexpr,
         STEPS: tl.constexpr,
         TILES: tl.constexpr,
         SPLITS: tl.constexpr,
-        SPLIT_ROWS: tl.constexpr,
         SPLIT_QUERY: tl.constexpr,
         INT8: tl.constexpr,
         CONTIGUOUS: tl.constexpr,
@@ -393,9 +407,16 @@ if HAS_TRITON:
         i_long = i_row.to(tl.int64)
         p_codes += i_long * stride_codes
         p_tile_max += i_long * stride_tiles
-        p_histogram += i_long * num_splits * BINS
+        p_sums += i_long * num_splits * BINS
         p_peak += i_long * num_splits
+        # two histograms a row, in turn: one is used while the other is cleared for the next call
+        p_calls = p_barrier + i_row * 3 + 2
+        turn = tl.load(p_calls) & 1
+        p_cleared = p_histogram + (i_long * 2 + 1 - turn) * SPAN
+        p_histogram += (i_long * 2 + turn) * SPAN
         if SCORE:
+            for i_bin in tl.range(i_split * BINS, SPAN, num_splits * BINS):
+                tl.store(p_cleared + i_bin + tl.arange(0, BINS), tl.zeros([BINS], dtype=tl.int32))
             i_key = tl.load(p_index_heads + i_head).to(tl.int64)
             _score_range(
                 p_query + i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + i_query * stride_qm,
@@ -403,7 +424,8 @@ if HAS_TRITON:
                 p_scale + i_batch * stride_sb + i_key * stride_sh + begin * stride_sn,
                 p_codes,
                 p_tile_max,
-                p_histogram + i_split * BINS,
+                p_histogram,
+                p_sums + i_split * BINS,
                 p_peak + i_split,
                 num_seen,
                 first,
@@ -416,6 +438,7 @@ if HAS_TRITON:
                 LANES,
                 BLOCK,
                 BINS,
+                SPAN,
                 STEPS,
                 SPLIT_QUERY,
                 INT8,
@@ -424,7 +447,7 @@ if HAS_TRITON:
             )
         if SCORE and COMPACT:
             if num_splits > 1:
-                wait_for_all(p_barrier + i_row * 2, p_barrier + i_row * 2 + 1, num_splits)
+                wait_for_all(p_barrier + i_row * 3, p_barrier + i_row * 3 + 1, num_splits)
             else:
                 tl.debug_barrier()
         if COMPACT:
@@ -435,6 +458,7 @@ if HAS_TRITON:
                 p_codes,
                 p_tile_max,
                 p_histogram,
+                p_sums,
                 p_peak,
                 p_indices + i_long * stride_indices,
                 p_counts + i_row,
@@ -447,11 +471,14 @@ if HAS_TRITON:
                 last,
                 UNITS,
                 BINS,
+                SPAN,
                 STEPS,
                 TILES,
                 SPLITS,
-                SPLIT_ROWS,
             )
+            # all splits have read the turn before the barrier; without one, they run in order
+            if i_split == num_splits - 1:
+                tl.store(p_calls, 1 - turn)
 
     @triton.jit
     def _select_all_kernel(
@@ -483,7 +510,7 @@ if HAS_TRITON:
 
 
 # by capability: CTAs a multiprocessor holds, rows of 16 keys in a tile of 16 dimensions, warps, pipeline stages
-_SCORE_CONFIG = {"ctas": 2, "tile_keys": 1024, "warps": 4, "stages": 3}
+_SCORE_CONFIG = {"ctas": 2, "tile_keys": 1024, "list_units": 2048, "warps": 8, "stages": 3}
 _LANES = 16
 _STEPS = 8
 
@@ -536,9 +563,9 @@ def select_top_p(
 
     Returns:
         A `Selection`; `indices` is `[B, n, M, K]`. The reference gives the smallest set. Triton reckons masses by
-        bins of 1/8 octave (a factor of 1.09): the mass is never under p nor the count under the floor, and the set
-        lies within the smallest set for the mass p' = 1.09 p / (1 + 0.09 p) (0.908 for 0.9), whole bins taken.
-        Tokens more than 31 octaves (2e9 times) below the best one count as ties.
+        bins of 1/8 octave, from the safe side: the mass is never under p nor the count under the floor, and the set
+        lies within the smallest set for the mass p' = 1.19 p / (1 + 0.19 p) (0.914 for 0.9), whole bins taken.
+        Tokens more than 31 octaves (2e9 times) below the best one count as ties, and so do scores beyond +-177.
 
     Raises:
         ValueError: shapes that do not fit, or a workspace that is too small.
@@ -632,6 +659,7 @@ def _launch_select(
         workspace.codes,
         workspace.tile_max,
         workspace.histogram,
+        workspace.sums,
         workspace.peak,
         workspace.barrier,
         selection.indices,
@@ -664,10 +692,10 @@ def _launch_select(
         "LANES": _LANES,
         "BLOCK": block_size,
         "BINS": HISTOGRAM_BINS,
+        "SPAN": HISTOGRAM_SPAN,
         "STEPS": _STEPS,
-        "TILES": max(1, (4096 if on_gpu else 64) // units),
+        "TILES": max(1, (_SCORE_CONFIG["list_units"] if on_gpu else 64) // units),
         "SPLITS": triton.next_power_of_2(splits),
-        "SPLIT_ROWS": min(8, triton.next_power_of_2(splits)),
         "SPLIT_QUERY": index_query.dtype == torch.float32 and index_key.dtype != torch.float32,
         "INT8": index_scale is not None,
         "CONTIGUOUS": index_key.stride(2) == head == padded,

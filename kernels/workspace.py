@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 HISTOGRAM_BINS = 256
+HISTOGRAM_SPAN = 4096
 MIN_TILE_KEYS = 128
 
 
@@ -73,9 +74,10 @@ class DecodeWorkspace:
         self.codes = torch.empty(rows * units, dtype=torch.uint8, device=device)
         self.tile_max = torch.empty(rows * self.tiles, dtype=torch.int32, device=device)
         splits = max(rows, self.ctas)
-        self.histogram = torch.empty(splits * HISTOGRAM_BINS, dtype=torch.int32, device=device)
+        self.histogram = torch.zeros(rows * 2 * HISTOGRAM_SPAN, dtype=torch.int32, device=device)
+        self.sums = torch.empty(splits * HISTOGRAM_BINS, dtype=torch.int32, device=device)
         self.peak = torch.empty(splits, dtype=torch.int32, device=device)
-        self.barrier = torch.zeros(rows * 2, dtype=torch.int32, device=device)
+        self.barrier = torch.zeros(rows * 3, dtype=torch.int32, device=device)
         slots = 2 * self.ctas * self.tile_rows
         self.partial = torch.empty(slots * head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(slots * 2, dtype=torch.float32, device=device)
@@ -92,6 +94,7 @@ BUFFERS = (
     "codes",
     "tile_max",
     "histogram",
+    "sums",
     "peak",
     "barrier",
     "partial",

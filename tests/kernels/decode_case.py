@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-
 from rtpurbo_hf.kernels.append import append_step_reference
 from rtpurbo_hf.kernels.indexed import indexed_attention_reference
 from rtpurbo_hf.kernels.sink_window import sink_window_attention_reference

@@ -1,0 +1,141 @@
+"""Decode attention: the references against the whole sequence, the kernel against the reference."""
+
+import pytest
+import torch
+from decode_case import Case, relative_error
+from rtpurbo_hf.kernels.decode import decode_attention, decode_attention_reference
+from rtpurbo_hf.kernels.score_select import Selection, select_top_p, select_top_p_reference
+from rtpurbo_hf.kernels.workspace import DecodeWorkspace
+
+
+def stores(case: Case) -> tuple[torch.Tensor, ...]:
+    return case.full_key, case.full_value, case.window_key, case.window_value
+
+
+def select(case: Case, **changes) -> Selection | None:
+    if not case.retrieval_heads:
+        return None
+    arguments = case.select_arguments(**({"min_tokens": 9} | changes))
+    return select_top_p_reference(case.index_query, case.index_key, **arguments)
+
+
+CASES = {
+    "one": {"length": 1},
+    "five": {"length": 5, "q_len": 3},
+    "63": {"length": 63, "groups": 1, "retrieval_heads": (1,)},
+    "111 padded": {"length": 111, "q_len": 3, "batch": 3, "padding": (0, 7, 30), "groups": 3},
+    "padding to the end": {"length": 30, "q_len": 3, "batch": 2, "padding": (0, 28)},
+    "wrapped often": {"length": 1000, "groups": 4, "retrieval_heads": (0, 2, 3)},
+    "16 rows": {"length": 90, "q_len": 16, "groups": 5, "kv_heads": 2, "retrieval_heads": (6, 7)},
+    "no retrieval heads": {"length": 150, "groups": 7, "kv_heads": 2, "retrieval_heads": ()},
+    "all retrieval heads": {"length": 70, "groups": 3, "kv_heads": 2, "retrieval_heads": (0, 1, 2, 3, 4, 5)},
+    "group of 8, dim 96": {"length": 63, "groups": 8, "kv_heads": 2, "head_dim": 96},
+    "dim 80": {"length": 40, "head_dim": 80},
+    "short ring, no wrap": {"length": 20, "ring": 20, "num_sinks": 2},
+    "no sinks": {"length": 77, "num_sinks": 0},
+    "window of 1": {"length": 77, "window": 1, "q_len": 3},
+}
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_reference_is_the_prefill_of_the_last_rows(case: dict, block_size: int) -> None:
+    case = Case(**case)
+    case.fill()
+    logits = torch.linspace(-1, 1, case.kv_heads * case.groups)
+    variants = {"softcap": 5.0, "sink_logits": logits}
+    selection = select(case, block_size=block_size)
+    arguments = case.attend_arguments(block_size=block_size, **variants)
+    out = decode_attention(case.query, *stores(case), selection, backend="reference", **arguments)
+    expected = case.oracle(block_size=block_size, min_tokens=9, **variants)
+    real = case.real_rows()
+    assert relative_error(out[real], expected[real]) < 1e-5
+
+
+@pytest.mark.parametrize("variants", [False, True], ids=["plain", "softcap and sink logits"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_kernel_is_the_reference(case: dict, variants: bool) -> None:
+    case = Case(**case)
+    case.fill()
+    more = {}
+    if variants:
+        more = {"softcap": 5.0, "sink_logits": torch.linspace(-1, 1, case.kv_heads * case.groups)}
+    selection = select(case, block_size=16 if variants else 1)
+    arguments = case.attend_arguments(block_size=16 if variants else 1, **more)
+    expected = decode_attention_reference(case.query, *stores(case), selection, **arguments).clone()
+    arguments["out"] = case.empty_output()
+    out = decode_attention(case.query, *stores(case), selection, backend="triton", **arguments)
+    assert relative_error(out, expected) < 1e-5
+
+
+def test_whole_step_through_the_kernels() -> None:
+    case = Case(111, q_len=3, batch=3, padding=(0, 7, 30), peak=2.0)
+    case.fill()
+    selection = select_top_p(case.index_query, case.index_key, backend="triton", **case.select_arguments(top_p=1.0))
+    out = decode_attention(case.query, *stores(case), selection, backend="triton", **case.attend_arguments())
+    assert relative_error(out, case.oracle(top_p=1.0)) < 1e-5
+
+
+def test_half_against_fp32() -> None:
+    case = Case(150, dtype=torch.float16, groups=4, head_dim=64)
+    case.fill()
+    selection = select(case)
+    arguments = case.attend_arguments()
+    out = decode_attention(case.query, *stores(case), selection, backend="triton", **arguments).clone()
+    arguments["out"] = case.empty_output().float()
+    expected = decode_attention_reference(case.query, *stores(case), selection, **arguments)
+    assert relative_error(out, expected) < 5e-3
+
+
+def test_workspace_serves_layers_in_turn() -> None:
+    workspace = DecodeWorkspace(
+        batch=2,
+        retrieval_heads=3,
+        queries=3,
+        capacity=130,
+        query_heads=12,
+        kv_heads=3,
+        head_dim=16,
+        block_size=1,
+        device="cpu",
+    )
+    for retrieval_heads in ((1, 2), (0, 5, 9), (), (11,)):
+        case = Case(111, q_len=3, batch=2, groups=4, retrieval_heads=retrieval_heads, seed=len(retrieval_heads))
+        case.fill()
+        selection = None
+        if retrieval_heads:
+            selection = select_top_p(
+                case.index_query,
+                case.index_key,
+                backend="triton",
+                workspace=workspace,
+                **case.select_arguments(),
+            )
+        arguments = case.attend_arguments()
+        expected = decode_attention_reference(case.query, *stores(case), selection, **arguments).clone()
+        arguments["out"] = case.empty_output()
+        out = decode_attention(case.query, *stores(case), selection, backend="triton", workspace=workspace, **arguments)
+        assert relative_error(out, expected) < 1e-5, retrieval_heads
+    with pytest.raises(ValueError, match="the workspace is for"):
+        case = Case(20, batch=9)
+        decode_attention(
+            case.query,
+            *stores(case),
+            select(Case(20)),
+            backend="triton",
+            workspace=workspace,
+            **case.attend_arguments(),
+        )
+
+
+def test_bad_input_is_named() -> None:
+    case = Case(20)
+    case.fill()
+    with pytest.raises(ValueError, match="need a selection"):
+        decode_attention(case.query, *stores(case), None, **case.attend_arguments())
+    with pytest.raises(ValueError, match="out must be"):
+        arguments = case.attend_arguments(out=case.query)
+        decode_attention(case.query, *stores(case), select(case), **arguments)
+    with pytest.raises(ValueError, match="query must be"):
+        arguments = case.attend_arguments(full_slot=(0, 1))
+        decode_attention(case.query, *stores(case), select(case), **arguments)
