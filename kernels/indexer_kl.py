@@ -1,8 +1,9 @@
 """The stage-1 loss: how far the index distribution is from the head's own attention (PAPER section 6).
 
-    loss_h = mean_m KL(softmax(scale * q_h(m) . k) || softmax(iq_h(m) . ik))        over the keys n <= m
+    loss_h = sum_m w_m KL(softmax(scale * q_h(m) . k) || softmax(iq_h(m) . ik))        over the keys n <= m
 
-The teacher side is a constant. Gradients flow to `index_query` and `index_key` only.
+with row weights `w` that sum to one (the plain mean over rows by default). The teacher side is a constant; gradients
+flow to `index_query` and `index_key` only. Learned sink logits stay out of it: both sides are distributions over keys.
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ import torch
 
 from .common import masked_softmax, row_tiles, soft_cap, starts
 from .top_p import index_scores_reference
+
+# stands for a score that is not visible; its exponential is 0, and the difference of two of them is 0 and not NaN
+_HIDDEN = -1e30
+
+
+def _row_weights(q_slots: torch.Tensor, first_slot: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
+    counted = q_slots >= first_slot[:, None]
+    if row_weight is None:
+        return counted.float() / counted.sum().clamp_min(1)
+    return torch.where(counted, row_weight.float(), 0.0)
 
 
 def indexer_kl_reference(
@@ -26,20 +37,14 @@ def indexer_kl_reference(
     scale: float,
     start: torch.Tensor | None = None,
     softcap: float | None = None,
+    row_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Per-head loss `[n]` in nats, fp32: the mean over batch and rows; rows on padding do not count.
-
-    Args:
-        query: `[B, Hq, M, D]` rotated queries of the sampled rows. `key`: `[B, Hkv, N, D]` rotated.
-        index_query: `[B, n, M, r]`. `index_key`: `[B, I, N, r]`.
-        heads, kv_heads, index_heads: int64 `[n]`: query head, its row in `key`, its row in `index_key`.
-        q_slots: int64 `[B, M]`, the slot of each sampled row; -1 marks a row that does not count.
-    """
+    """The contract of `indexer_kl`, in fp32, differentiated by autograd."""
     batch, _, q_len, _ = query.shape
     kv_len, device = key.shape[2], query.device
     first_slot = starts(start, batch, device)
     slots = torch.arange(kv_len, device=device)
-    counted = q_slots >= first_slot[:, None]
+    weight = _row_weights(q_slots, first_slot, row_weight)
     total = torch.zeros(heads.numel(), device=device)
     for rows in row_tiles(q_len, heads.numel() * batch * kv_len):
         valid = (slots <= q_slots[:, rows, None]) & (slots >= first_slot[:, None, None])
@@ -52,5 +57,118 @@ def indexer_kl_reference(
         student = torch.log_softmax(index.masked_fill(~valid, torch.finfo(torch.float32).min), -1)
         cross = torch.where(valid, teacher * student, 0.0).sum(-1)
         entropy = torch.xlogy(teacher, teacher).sum(-1)
-        total = total + ((entropy - cross) * counted[:, None, rows]).sum((0, 2))
-    return total / counted.sum().clamp_min(1)
+        total = total + ((entropy - cross) * weight[:, None, rows]).sum((0, 2))
+    return total
+
+
+class _TiledKL(torch.autograd.Function):
+    """Loss and gradients in one pass over tiles of rows: nothing of size rows x keys outlives its tile."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        index_query,
+        index_key,
+        query,
+        key,
+        heads,
+        kv_heads,
+        index_heads,
+        q_slots,
+        weight,
+        scale,
+        first_slot,
+        softcap,
+    ):
+        batch, q_len = q_slots.shape
+        kv_len, device = key.shape[2], query.device
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        slots = torch.arange(kv_len, device=device)
+        teacher_query, teacher_key = query[:, heads].float(), key[:, kv_heads].float().transpose(-1, -2)
+        index_key_of = index_key[:, index_heads].float()
+        loss = torch.zeros(heads.numel(), device=device)
+        grad_query = torch.empty_like(index_query, dtype=torch.float32) if wanted else None
+        grad_key = torch.zeros_like(index_key_of) if wanted else None
+        for rows in row_tiles(q_len, heads.numel() * batch * kv_len):
+            hidden = (slots > q_slots[:, rows, None]) | (slots < first_slot[:, None, None])
+            hidden = hidden[:, None]
+            # [B, n, rows, keys]
+            teacher = soft_cap(torch.matmul(teacher_query[:, :, rows], teacher_key).mul_(scale), softcap)
+            teacher = teacher.masked_fill_(hidden, _HIDDEN)
+            student = torch.matmul(index_query[:, :, rows].float(), index_key_of.transpose(-1, -2))
+            student.masked_fill_(hidden, _HIDDEN)
+            teacher_norm = teacher.logsumexp(-1, keepdim=True)
+            student_norm = student.logsumexp(-1, keepdim=True)
+            probability = torch.exp(teacher - teacher_norm)
+            gap = torch.linalg.vecdot(probability, teacher.sub_(student))
+            row_weight = weight[:, None, rows]
+            kl = gap - (teacher_norm - student_norm).squeeze(-1)
+            # a row without weight may see no key at all
+            loss += torch.where(row_weight > 0, kl * row_weight, 0.0).sum((0, 2))
+            if wanted:
+                slope = student.sub_(student_norm).exp_().sub_(probability).mul_(row_weight[..., None])
+                grad_query[:, :, rows] = torch.matmul(slope, index_key_of)
+                grad_key += torch.matmul(slope.transpose(-1, -2), index_query[:, :, rows].float())
+        if wanted:
+            ctx.save_for_backward(grad_query, grad_key, index_heads)
+            ctx.shapes = index_key.shape, index_query.dtype, index_key.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad_query, grad_key, index_heads = ctx.saved_tensors
+        shape, query_dtype, key_dtype = ctx.shapes
+        scaled = grad_loss.float()[None, :, None, None]
+        into = grad_key.new_zeros(shape).index_add_(1, index_heads, grad_key * scaled)
+        return (grad_query * scaled).to(query_dtype), into.to(key_dtype), *(None,) * 10
+
+
+def indexer_kl(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    *,
+    heads: torch.Tensor,
+    kv_heads: torch.Tensor,
+    index_heads: torch.Tensor,
+    q_slots: torch.Tensor,
+    scale: float,
+    start: torch.Tensor | None = None,
+    softcap: float | None = None,
+    row_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Per-head loss `[n]` in nats, fp32, with gradients for the index only; memory O(keys), whatever the rows.
+
+    Args:
+        query: `[B, Hq, M, D]` rotated queries of the sampled rows. `key`: `[B, Hkv, N, D]` rotated.
+        index_query: `[B, n, M, r]`. `index_key`: `[B, I, N, r]`.
+        heads, kv_heads, index_heads: int64 `[n]`: query head, its row in `key`, its row in `index_key`.
+        q_slots: int64 `[B, M]`, the slot of each sampled row; -1 marks a row that does not count.
+        scale: softmax scale of the teacher. start, softcap: as everywhere.
+        row_weight: fp32 `[B, M]`, the weight of each row; None: the mean over all rows that count.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    n = heads.numel()
+    if index_query.shape[:3] != (query.shape[0], n, query.shape[2]) or q_slots.shape != (
+        query.shape[0],
+        query.shape[2],
+    ):
+        raise ValueError(
+            f"expected index_query [B, {n}, M, r] and q_slots [B, M] for query {tuple(query.shape)}, got "
+            f"{tuple(index_query.shape)} and {tuple(q_slots.shape)}"
+        )
+    if index_key.shape[2] != key.shape[2] or index_key.shape[3] != index_query.shape[3]:
+        raise ValueError(
+            f"expected index_key [B, I, {key.shape[2]}, {index_query.shape[3]}], got {tuple(index_key.shape)}"
+        )
+    if row_weight is not None and row_weight.shape != q_slots.shape:
+        raise ValueError(f"row_weight must have the shape of q_slots {tuple(q_slots.shape)}, got {row_weight.shape}")
+    first_slot = starts(start, query.shape[0], query.device)
+    weight = _row_weights(q_slots, first_slot, row_weight)
+    return _TiledKL.apply(
+        index_query, index_key, query, key, heads, kv_heads, index_heads, q_slots, weight, scale, first_slot, softcap
+    )
