@@ -261,6 +261,9 @@ def test_packing_is_deterministic_and_stops_at_the_limit():
     assert first.document_ids == again.document_ids
     other = pack_documents(documents(50), tokenizer, 128, limit=6, blocks_per_document=2, seed=5)
     assert first.sha256() != other.sha256()
+    orders = [pack_documents(documents(5), tokenizer, 128, seed=seed).input_ids.tolist() for seed in (1, 2)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
 
 
 def test_token_filters_and_length_errors():
