@@ -311,6 +311,17 @@ if HAS_TRITON:
             sinks = tl.minimum(real, num_sinks)
             low = tl.maximum(real - q_len + 1 - window, num_sinks)
             b_q_pos = real - q_len + o_query
+            # from a position to its slot: one shift up to `turn_pos`, another from there on
+            sink_shift = begin
+            shift = begin
+            turned_shift = begin
+            turn_pos = num_sinks
+            if in_ring:
+                lap = (low - num_sinks) // ring
+                sink_shift = begin * 0
+                shift = -lap * ring
+                turned_shift = shift - ring
+                turn_pos = (lap + 1) * ring + num_sinks
             reach = tl.where(is_local, window, 1 << 30)
             listed_tokens = tl.where(is_local, 0, item_tokens)
             # [BLOCK_M, BLOCK_D]
@@ -326,8 +337,9 @@ if HAS_TRITON:
                 b_block = tl.load(p_list + o_token // BLOCK, mask=o_token < listed_tokens, other=0)
                 b_near = tl.where(o_token < sinks, o_token, low - sinks + o_token)
                 b_pos = tl.where(is_local, b_near, b_block * BLOCK + o_token % BLOCK)
-                b_wrapped = tl.where(b_pos < num_sinks, b_pos, num_sinks + (b_pos - num_sinks) % ring)
-                b_slot = tl.where(in_ring, b_wrapped, b_pos + begin).to(tl.int64)
+                # the window passes the end of the ring once at most
+                b_shift = tl.where(b_pos < turn_pos, shift, turned_shift)
+                b_slot = (b_pos + tl.where(b_pos < num_sinks, sink_shift, b_shift)).to(tl.int64)
                 m_token = m_token & (b_pos < real)
                 m_load = m_token[:, None] & m_dim[None, :]
                 # [BLOCK_N, BLOCK_D]
@@ -443,7 +455,7 @@ if HAS_TRITON:
 
 
 # by capability: CTAs a multiprocessor holds, keys of a tile for 128 dimensions, warps, pipeline stages
-_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 64, "warps": 4, "stages": 5}
+_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 64, "warps": 4, "stages": 5, "registers": 255}
 
 
 def _layer_tables(
@@ -643,6 +655,7 @@ def decode_attention(
         "HAS_SINK_LOGITS": sink_logits is not None,
         "STAGES": _ATTEND_CONFIG["stages"],
         "num_warps": _ATTEND_CONFIG["warps"],
+        "maxnreg": _ATTEND_CONFIG["registers"],
     }
     grid = (min(ctas * num_processors(device), workspace.ctas),)
     launch(_decode_attention_kernel, grid, arguments, constants, ("PARTIAL", "COMBINE"), on_gpu=on_gpu)

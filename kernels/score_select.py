@@ -510,7 +510,7 @@ if HAS_TRITON:
 
 
 # by capability: CTAs a multiprocessor holds, rows of 16 keys in a tile of 16 dimensions, warps, pipeline stages
-_SCORE_CONFIG = {"ctas": 2, "tile_keys": 1024, "list_units": 2048, "warps": 8, "stages": 3}
+_SCORE_CONFIG = {"ctas": 2, "tile_keys": 1024, "list_units": 2048, "warps": 8, "stages": 3, "registers": 128}
 _LANES = 16
 _STEPS = 8
 
@@ -702,6 +702,7 @@ def _launch_select(
         "HAS_START": start is not None,
         "STAGES": _SCORE_CONFIG["stages"],
         "num_warps": _SCORE_CONFIG["warps"],
+        "maxnreg": _SCORE_CONFIG["registers"],
     }
     grid = (rows * splits,)
     launch(_score_select_kernel, grid, arguments, constants, ("SCORE", "COMPACT"), on_gpu=on_gpu, alone=splits == 1)
