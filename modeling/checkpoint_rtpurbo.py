@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from .export_rtpurbo import AUTO_MAP, export_code
+from .export_rtpurbo import AUTO_MAP, code_files, export_code
+from .integrity_rtpurbo import (
+    INDEXER_FILE,
+    check_indexers,
+    digests,
+    explain_damage,
+    is_indexer_key,
+    load_indexer_file,
+    shard_files,
+)
+from .push_rtpurbo import commit_to_hub, is_hub_id, is_weight_file, require_hub_base
 
-INDEXER_FILE = "rtpurbo_indexer.safetensors"
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -24,38 +35,7 @@ _HUB_ARGUMENTS = (
     "subfolder",
     "proxies",
 )
-
-
-def is_indexer_key(key: str) -> bool:
-    return ".indexer." in key
-
-
-def load_indexer_file(path: str | Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Read an indexer file and compare it with the parameters that it must fill.
-
-    Raises:
-        ValueError: unreadable file, a missing or unexpected key, a wrong shape, or a value that is not finite; the
-            message names file and key.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}): download or save it again") from error
-    missing = sorted(set(expected) - set(tensors))
-    unexpected = sorted(set(tensors) - set(expected))
-    if missing or unexpected:
-        raise ValueError(
-            f"{path} does not fit this config's retrieval_heads: missing {missing[:3]}, unexpected {unexpected[:3]}"
-        )
-    for key, tensor in tensors.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{path}: {key} has shape {tuple(tensor.shape)}, the config asks for {tuple(expected[key].shape)}"
-            )
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{path}: {key} holds values that are not finite floating-point numbers")
-    return tensors
+_PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 class CheckpointMixin:
@@ -68,9 +48,11 @@ class CheckpointMixin:
         """Load a full checkpoint, an adapter (with its base from `config.base_model_name_or_path`), or a base model.
 
         A base model's own checkpoint is wrapped when `config` is an `RTPurboConfig`; its indexers then start fresh.
+        Weights are read from safetensors only, unless `use_safetensors=False` is passed.
 
         Raises:
-            ValueError: indexer weights are missing, unexpected, unreadable or of another shape.
+            ValueError: weights are missing, unexpected, unreadable or of another shape; the message names file and
+                key. Or an adapter from the Hub names a path on this machine as its base.
             NotImplementedError: tensor parallelism was asked for.
         """
         if kwargs.get("tp_plan") is not None or kwargs.get("tp_size") is not None:
@@ -81,52 +63,87 @@ class CheckpointMixin:
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
         if config is None:
             config = cls.config_class.from_pretrained(name, **hub)
+        if "gguf_file" not in kwargs:
+            kwargs.setdefault("use_safetensors", True)
         own, _ = PreTrainedConfig.get_config_dict(name, **hub)
         if own.get("model_type") != cls.config_class.model_type:
             with cls._indexers_may_be_missing():
                 return super().from_pretrained(name, *args, config=config, **kwargs)
-        file = cached_file(
-            name,
-            INDEXER_FILE,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
-        if file is not None:
-            return cls._from_adapter(name, file, *args, config=config, **kwargs)
+        quiet = {
+            f"_raise_exceptions_for_{case}": False for case in ("gated_repo", "missing_entries", "connection_errors")
+        }
+        file = cached_file(name, INDEXER_FILE, **quiet, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
-        missing = sorted(filter(is_indexer_key, info["missing_keys"]))
-        unexpected = sorted(filter(is_indexer_key, info["unexpected_keys"]))
-        if missing or unexpected:
-            raise ValueError(
-                f"{name}: its weights do not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}"
-            )
+        if file is not None:
+            cls._check_base(name, own, config)
+            model, info = cls._from_adapter(name, file, *args, config=config, **kwargs)
+        else:
+            model, info = cls._load_checked(name, *args, config=config, **kwargs)
+            check_indexers(model.indexer_state_dict(), name)
         return (model, info) if wants_info else model
 
     @classmethod
-    def _from_adapter(cls, name, file, *args, config, **kwargs):
+    def _check_base(cls, name, own: dict, config) -> None:
         base = config.base_model_name_or_path
-        if not base:
+        if not isinstance(base, str) or not base:
             raise ValueError(f"{name} holds an adapter, but its config names no base_model_name_or_path")
+        # a name that the caller set on the config is the caller's own; one from the Hub is a stranger's
+        from_hub = not Path(name).is_dir() and own.get("base_model_name_or_path") == base
+        if from_hub and (not is_hub_id(base) or Path(base).exists()):
+            raise ValueError(
+                f"the Hub repository {name} names {base!r} as its base model, which is a path on this machine: if that "
+                "is the base you want, load the config first, set config.base_model_name_or_path, and pass config="
+            )
+
+    @classmethod
+    def _from_adapter(cls, name, file, *args, config, **kwargs):
         # these name the adapter's repository, not the base's; adapter_kwargs stay, they belong to a LoRA on top
         for key in ("revision", "subfolder", "_commit_hash"):
             kwargs.pop(key, None)
         config._commit_hash = None
-        wants_info = kwargs.pop("output_loading_info", False)
+        base, revision = config.base_model_name_or_path, config.base_model_revision or "main"
         with cls._indexers_may_be_missing():
-            model, info = super().from_pretrained(
-                base,
-                *args,
-                config=config,
-                revision=config.base_model_revision or "main",
-                output_loading_info=True,
-                **kwargs,
-            )
+            model, info = cls._load_checked(base, *args, config=config, revision=revision, **kwargs)
         model.load_indexers(file)
         model.config._name_or_path = model.name_or_path = str(name)
-        return (model, info) if wants_info else model
+        return model, info
+
+    @classmethod
+    def _load_checked(cls, name, *args, config, **kwargs):
+        """`(model, loading info)` of the stock loader; what does not fit is an error that names file and key."""
+        index = Path(name) / "model.safetensors.index.json"
+        if index.is_file():
+            shard_files(index)
+        try:
+            model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
+        except (SafetensorError, RuntimeError, OSError, ValueError, KeyError) as error:
+            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+            with torch.device("meta"):
+                shapes = {key: value.shape for key, value in cls(config).state_dict().items()}
+            try:
+                explain_damage(cls._weight_files(name, hub), shapes)
+            except ValueError as damage:
+                raise damage from error
+            raise
+        missing, unexpected = sorted(info["missing_keys"]), sorted(filter(is_indexer_key, info["unexpected_keys"]))
+        if missing or unexpected:
+            raise ValueError(
+                f"{name}: its weights do not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            )
+        return model, info
+
+    @classmethod
+    def _weight_files(cls, name, hub: dict) -> list[Path]:
+        """The weight files of a full checkpoint or base, as far as they are on this machine."""
+        local = {**hub, "local_files_only": True}
+        for entry in ("model.safetensors", "model.safetensors.index.json"):
+            try:
+                found = cached_file(name, entry, **local)
+            except OSError:
+                continue
+            if found is not None:
+                return [path for path in shard_files(Path(found)) if path.is_file()]
+        return []
 
     @classmethod
     @contextlib.contextmanager
@@ -164,14 +181,13 @@ class CheckpointMixin:
         """
         adapter_only = self._adapter_only if adapter_only is None else adapter_only
         if push_to_hub:
-            # the stock path uploads only what super().save_pretrained wrote; push_to_hub commits the code as well
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            keep = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
-            pushed = {key: kwargs[key] for key in keep if key in kwargs}
-            for key in keep[:5] + keep[6:]:
-                kwargs.pop(key, None)
-            self.save_pretrained(save_directory, *args, adapter_only=adapter_only, **kwargs)
-            return self.push_to_hub(repo_id, adapter_only=adapter_only, **pushed)
+            pushed = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs}
+            repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+            result = self.save_pretrained(save_directory, *args, adapter_only=adapter_only, **kwargs)
+            # the stock path would upload what super() wrote, without the code
+            if kwargs.get("is_main_process", True):
+                self._push_folder(Path(save_directory), repo_id, adapter_only=adapter_only, **pushed)
+            return result
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, and {folder} is a file")
@@ -208,15 +224,41 @@ class CheckpointMixin:
             self.generation_config.save_pretrained(folder)
         weights = {key: value.detach().cpu().contiguous() for key, value in self.indexer_state_dict().items()}
         temporary = folder / f".{INDEXER_FILE}.tmp"
-        save_file(weights, temporary, metadata={"format": "pt"})
+        save_file(weights, temporary, metadata={"format": "pt", **digests(weights)})
         temporary.replace(folder / INDEXER_FILE)
 
-    def push_to_hub(self, repo_id: str, *args, adapter_only: bool | None = None, **kwargs):
-        """As in transformers; `adapter_only=True` pushes the indexers, the config and the code only."""
-        previous = self._adapter_only
-        # transformers hands save_pretrained few arguments from here: the choice has to travel on the instance
-        self._adapter_only = previous if adapter_only is None else adapter_only
-        try:
-            return super().push_to_hub(repo_id, *args, **kwargs)
-        finally:
-            self._adapter_only = previous
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        adapter_only: bool | None = None,
+        max_shard_size: int | str = "50GB",
+        **kwargs,
+    ) -> CommitInfo:
+        """Push config, code and weights in one commit; `adapter_only=True` leaves out the base's weights.
+
+        Takes `private`, `revision`, `token`, `create_pr`, `commit_message`, `commit_description`, `max_shard_size`
+        and `tags` as every model of transformers. A repository without a card gets a short one;
+        `rtpurbo_hf.hub.push` makes a full one, with tokenizer, calibration and figures.
+
+        Raises:
+            ValueError: an adapter whose base is not a Hub id.
+        """
+        adapter_only = self._adapter_only if adapter_only is None else adapter_only
+        if adapter_only:
+            require_hub_base(self.config)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, adapter_only=adapter_only, max_shard_size=max_shard_size)
+            return self._push_folder(Path(folder), repo_id, adapter_only=adapter_only, **kwargs)
+
+    def _push_folder(self, folder: Path, repo_id: str, *, adapter_only: bool, **kwargs) -> CommitInfo:
+        """Commit what `save_pretrained` wrote into `folder`, and nothing else that lies there."""
+        if adapter_only:
+            require_hub_base(self.config)
+        written = {*code_files(), "config.json", "generation_config.json"}
+        files = {p.name: p for p in folder.iterdir() if p.name in written or is_weight_file(p.name)}
+        base = self.config.base_model_name_or_path
+        card_data = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rtpurbo"]}
+        if is_hub_id(base):
+            card_data["base_model"] = base
+        return commit_to_hub(repo_id, files, card_data=card_data, **kwargs)

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-FORMAT_VERSION = 1
+from .versions_rtpurbo import FORMAT_VERSION, check_base_values, migrate
+
 INDEX_BLOCK_SIZES = (1, 16, 32, 64)
 INDEX_KEY_SHARING = ("head", "kv_head")
 RETRIEVAL_PREFILL = ("dense", "sparse")
@@ -94,6 +95,7 @@ class RTPurboConfig(PreTrainedConfig):
             values = dict(self.base_config)
             model_type = values.pop("model_type", None)
             _require(isinstance(model_type, str), "base_config needs its own 'model_type'")
+            check_base_values(values)
             self.base_config = AutoConfig.for_model(model_type, **values)
         elif self.base_config is not None:
             # setting an attention implementation recurses into sub-configs: never alias a live model's config
@@ -104,6 +106,22 @@ class RTPurboConfig(PreTrainedConfig):
                 if hasattr(self.base_config, name):
                     setattr(self, name, getattr(self.base_config, name))
         self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, from a stored config of this or an older format.
+
+        Raises:
+            ValueError: whatever makes the values unusable, also where the base family's own config refuses them.
+        """
+        check_base_values(config_dict)
+        try:
+            return super().from_dict(migrate(config_dict), **kwargs)
+        except ValueError:
+            raise
+        except Exception as error:
+            # the base family's config class may fail in any way on values that it does not expect
+            raise ValueError(f"RTPurboConfig: unusable values ({type(error).__name__}: {error})") from error
 
     def check(self) -> None:
         """Raise a `ValueError` that names the first field whose value is out of range."""
