@@ -10,12 +10,16 @@ tensors.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .common import HAS_TRITON, starts, tl, triton, use_triton
 from .workspace import head_table
 
 INT8_MAX = 127.0
+append_head: Any = None
+append_index: Any = None
 
 
 def quantize_index(index_key: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +84,99 @@ def append_step_reference(
 if HAS_TRITON:
 
     @triton.jit
+    def append_head(
+        p_key,
+        p_value,
+        p_full_key,
+        p_full_value,
+        p_window_key,
+        p_window_value,
+        p_tables,
+        p_start,
+        i_item,
+        length,
+        num_kv_heads,
+        q_len,
+        num_sinks,
+        ring,
+        stride_kb,
+        stride_kh,
+        stride_kn,
+        stride_vb,
+        stride_vh,
+        stride_vn,
+        stride_fkb,
+        stride_fkh,
+        stride_fkn,
+        stride_fvb,
+        stride_fvh,
+        stride_fvn,
+        stride_wkb,
+        stride_wkh,
+        stride_wkn,
+        stride_wvb,
+        stride_wvh,
+        stride_wvn,
+        HEAD_DIM: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        HAS_START: tl.constexpr,
+    ):
+        """Write K and V of one (batch, KV head, token) to its store."""
+        i_token = i_item % q_len
+        i_head = i_item // q_len % num_kv_heads
+        i_batch = (i_item // q_len // num_kv_heads).to(tl.int64)
+        slot = length.to(tl.int64) - q_len + i_token
+        o_dim = tl.arange(0, BLOCK_D)
+        m_dim = o_dim < HEAD_DIM
+        b_key = tl.load(p_key + i_batch * stride_kb + i_head * stride_kh + i_token * stride_kn + o_dim, mask=m_dim)
+        b_value = tl.load(p_value + i_batch * stride_vb + i_head * stride_vh + i_token * stride_vn + o_dim, mask=m_dim)
+        i_full = tl.load(p_tables + i_head).to(tl.int64)
+        i_window = tl.load(p_tables + num_kv_heads + i_head).to(tl.int64)
+        if i_full >= 0:
+            p_to = p_full_key + i_batch * stride_fkb + i_full * stride_fkh + slot * stride_fkn
+            tl.store(p_to + o_dim, b_key.to(p_full_key.dtype.element_ty), mask=m_dim)
+            p_to = p_full_value + i_batch * stride_fvb + i_full * stride_fvh + slot * stride_fvn
+            tl.store(p_to + o_dim, b_value.to(p_full_value.dtype.element_ty), mask=m_dim)
+        if i_window >= 0:
+            position = slot
+            if HAS_START:
+                position = slot - tl.load(p_start + i_batch).to(tl.int64)
+            at = tl.where(position < num_sinks, position, num_sinks + (position - num_sinks) % ring)
+            # of two tokens of one step in one place, the later one stays
+            stays = (position < num_sinks) | (i_token + ring >= q_len)
+            m_real = o_dim < tl.where((position >= 0) & stays, HEAD_DIM, 0)
+            p_to = p_window_key + i_batch * stride_wkb + i_window * stride_wkh + at * stride_wkn
+            tl.store(p_to + o_dim, b_key.to(p_window_key.dtype.element_ty), mask=m_real)
+            p_to = p_window_value + i_batch * stride_wvb + i_window * stride_wvh + at * stride_wvn
+            tl.store(p_to + o_dim, b_value.to(p_window_value.dtype.element_ty), mask=m_real)
+
+    @triton.jit
+    def append_index(
+        p_index_new,
+        p_index_key,
+        p_index_scale,
+        slot,
+        stride_in,
+        stride_sn,
+        INDEX_DIM: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        INT8: tl.constexpr,
+    ):
+        """Write the index key of one token; the pointers are at the token to read and at the head's row to write."""
+        o_r = tl.arange(0, BLOCK_R)
+        m_r = o_r < INDEX_DIM
+        b_index = tl.load(p_index_new + o_r, mask=m_r, other=0.0)
+        if INT8:
+            b_index = b_index.to(tl.float32)
+            scale = (tl.max(tl.abs(b_index), 0) / 127.0).to(p_index_scale.dtype.element_ty)
+            tl.store(p_index_scale + slot * stride_sn, scale)
+            b_index = b_index / tl.maximum(scale.to(tl.float32), 1.1754943508222875e-38)
+            # round half to even, as torch does, by the fp32 mantissa
+            b_index = (b_index + 12582912.0) - 12582912.0
+            b_index = tl.minimum(tl.maximum(b_index, -127.0), 127.0)
+        tl.store(p_index_key + slot * stride_in + o_r, b_index.to(p_index_key.dtype.element_ty), mask=m_r)
+
+    @triton.jit
     def _append_kernel(
         p_key,
         p_value,
@@ -94,6 +191,7 @@ if HAS_TRITON:
         p_length,
         p_start,
         num_kv_heads,
+        num_heads_items,
         num_index,
         q_len,
         num_sinks,
@@ -132,56 +230,63 @@ if HAS_TRITON:
         INT8: tl.constexpr,
         HAS_START: tl.constexpr,
     ):
-        """One program for each (batch, token, head), KV heads first, index rows after them."""
-        i_head = tl.program_id(0)
-        i_token = tl.program_id(1)
-        i_batch = tl.program_id(2).to(tl.int64)
+        """One program for each (batch, KV head, token), then one for each (batch, index row, token)."""
+        i_item = tl.program_id(0)
         length = tl.load(p_length).to(tl.int64)
-        slot = length - q_len + i_token
-        if i_head < num_kv_heads:
-            o_dim = tl.arange(0, BLOCK_D)
-            m_dim = o_dim < HEAD_DIM
-            b_key = tl.load(p_key + i_batch * stride_kb + i_head * stride_kh + i_token * stride_kn + o_dim, mask=m_dim)
-            b_value = tl.load(
-                p_value + i_batch * stride_vb + i_head * stride_vh + i_token * stride_vn + o_dim, mask=m_dim
+        if i_item < num_heads_items:
+            append_head(
+                p_key,
+                p_value,
+                p_full_key,
+                p_full_value,
+                p_window_key,
+                p_window_value,
+                p_tables,
+                p_start,
+                i_item,
+                length,
+                num_kv_heads,
+                q_len,
+                num_sinks,
+                ring,
+                stride_kb,
+                stride_kh,
+                stride_kn,
+                stride_vb,
+                stride_vh,
+                stride_vn,
+                stride_fkb,
+                stride_fkh,
+                stride_fkn,
+                stride_fvb,
+                stride_fvh,
+                stride_fvn,
+                stride_wkb,
+                stride_wkh,
+                stride_wkn,
+                stride_wvb,
+                stride_wvh,
+                stride_wvn,
+                HEAD_DIM,
+                BLOCK_D,
+                HAS_START,
             )
-            i_full = tl.load(p_tables + i_head).to(tl.int64)
-            i_window = tl.load(p_tables + num_kv_heads + i_head).to(tl.int64)
-            if i_full >= 0:
-                p_to = p_full_key + i_batch * stride_fkb + i_full * stride_fkh + slot * stride_fkn
-                tl.store(p_to + o_dim, b_key.to(p_full_key.dtype.element_ty), mask=m_dim)
-                p_to = p_full_value + i_batch * stride_fvb + i_full * stride_fvh + slot * stride_fvn
-                tl.store(p_to + o_dim, b_value.to(p_full_value.dtype.element_ty), mask=m_dim)
-            if i_window >= 0:
-                position = slot
-                if HAS_START:
-                    position = slot - tl.load(p_start + i_batch).to(tl.int64)
-                at = tl.where(position < num_sinks, position, num_sinks + (position - num_sinks) % ring)
-                # of two tokens of one step in one place, the later one stays
-                last = length - slot + position
-                stays = (position < num_sinks) | (position + ring >= last)
-                m_real = o_dim < tl.where((position >= 0) & stays, HEAD_DIM, 0)
-                p_to = p_window_key + i_batch * stride_wkb + i_window * stride_wkh + at * stride_wkn
-                tl.store(p_to + o_dim, b_key.to(p_window_key.dtype.element_ty), mask=m_real)
-                p_to = p_window_value + i_batch * stride_wvb + i_window * stride_wvh + at * stride_wvn
-                tl.store(p_to + o_dim, b_value.to(p_window_value.dtype.element_ty), mask=m_real)
         else:
-            i_row = i_head - num_kv_heads
-            o_r = tl.arange(0, BLOCK_R)
-            m_r = o_r < INDEX_DIM
-            p_from = p_index_new + i_batch * stride_xb + i_row * stride_xh + i_token * stride_xn
-            b_index = tl.load(p_from + o_r, mask=m_r, other=0.0)
-            p_to = p_index_key + i_batch * stride_ib + i_row.to(tl.int64) * stride_ih + slot * stride_in
-            if INT8:
-                p_scale = p_index_scale + i_batch * stride_sb + i_row.to(tl.int64) * stride_sh + slot * stride_sn
-                b_index = b_index.to(tl.float32)
-                scale = (tl.max(tl.abs(b_index), 0) / 127.0).to(p_index_scale.dtype.element_ty)
-                tl.store(p_scale, scale)
-                b_index = b_index / tl.maximum(scale.to(tl.float32), 1.1754943508222875e-38)
-                # round half to even, as torch does, by the fp32 mantissa
-                b_index = (b_index + 12582912.0) - 12582912.0
-                b_index = tl.minimum(tl.maximum(b_index, -127.0), 127.0)
-            tl.store(p_to + o_r, b_index.to(p_index_key.dtype.element_ty), mask=m_r)
+            i_item -= num_heads_items
+            i_token = i_item % q_len
+            i_row = (i_item // q_len % num_index).to(tl.int64)
+            i_batch = (i_item // q_len // num_index).to(tl.int64)
+            append_index(
+                p_index_new + i_batch * stride_xb + i_row * stride_xh + i_token * stride_xn,
+                p_index_key + i_batch * stride_ib + i_row * stride_ih,
+                p_index_scale + i_batch * stride_sb + i_row * stride_sh,
+                length - q_len + i_token,
+                stride_in,
+                stride_sn,
+                INDEX_DIM,
+                BLOCK_R,
+                INT8,
+            )
 
 
 def append_step(
@@ -215,7 +320,7 @@ def append_step(
     Raises:
         ValueError: shapes that do not fit.
     """
-    _check_append(key, value, index_key_new, full_key, index_key, window_key, full_slot, window_slot, index_scale)
+    check_append(key, value, index_key_new, full_key, index_key, window_key, full_slot, window_slot, index_scale)
     if not use_triton(backend, key):
         append_step_reference(
             key,
@@ -239,7 +344,7 @@ def append_step(
     num_index = 0 if index_key_new is None else index_key.shape[1]
     new = key if index_key_new is None else index_key_new
     scale = index_key if index_scale is None else index_scale
-    _append_kernel[(kv_heads + num_index, q_len, batch)](
+    _append_kernel[(batch * (kv_heads + num_index) * q_len,)](
         key,
         value,
         new,
@@ -253,6 +358,7 @@ def append_step(
         length,
         length if start is None else start,
         kv_heads,
+        batch * kv_heads * q_len,
         num_index,
         q_len,
         num_sinks,
@@ -276,7 +382,7 @@ def append_step(
     )
 
 
-def _check_append(
+def check_append(
     key: torch.Tensor,
     value: torch.Tensor,
     index_key_new: torch.Tensor | None,

@@ -13,8 +13,9 @@ from functools import lru_cache
 
 import torch
 
+from .append import append_step, check_append
 from .common import HAS_TRITON, masked_softmax, row_tiles, soft_cap, starts, tl, triton, use_triton
-from .score_select import Selection
+from .score_select import NewTokens, Selection, check_select, launch_select, select_top_p
 from .two_phase import launch, wait_for_all
 from .workspace import DecodeWorkspace, head_table, num_processors, tile_rows
 
@@ -667,3 +668,127 @@ def _no_selection(device: torch.device) -> Selection:
     """The empty selection of a layer without retrieval heads."""
     empty = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
     return Selection(empty, empty[..., 0])
+
+
+def decode_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index_query: torch.Tensor | None,
+    index_key_new: torch.Tensor | None,
+    full_key: torch.Tensor,
+    full_value: torch.Tensor,
+    index_key: torch.Tensor,
+    window_key: torch.Tensor,
+    window_value: torch.Tensor,
+    *,
+    retrieval_heads: tuple[int, ...],
+    index_heads: tuple[int, ...],
+    full_slot: tuple[int, ...],
+    window_slot: tuple[int, ...],
+    length: torch.Tensor,
+    start: torch.Tensor | None,
+    top_p: float,
+    min_tokens: int,
+    block_size: int,
+    window: int,
+    num_sinks: int,
+    scale: float,
+    out: torch.Tensor,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+    index_scale: torch.Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A layer's whole decode step: append, select, attend; two launches where the layer has retrieval heads.
+
+    The same as `append_step`, `select_top_p` and `decode_attention` one after the other, whose arguments these are;
+    `index_query`, `index_key_new` are None for a layer without retrieval heads. Returns `out`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a workspace that is too small.
+    """
+    selection = None
+    if retrieval_heads and top_p < 1.0 and use_triton(backend, query):
+        if index_query is None or index_key_new is None:
+            raise ValueError("a layer with retrieval heads needs index_query and index_key_new, got None")
+        check_append(key, value, index_key_new, full_key, index_key, window_key, full_slot, window_slot, index_scale)
+        check_select(index_query, index_key, index_heads, block_size)
+        selection = launch_select(
+            index_query,
+            index_key,
+            index_heads,
+            length,
+            start,
+            top_p,
+            min_tokens,
+            block_size,
+            index_scale,
+            workspace,
+            NewTokens(
+                key,
+                value,
+                index_key_new,
+                full_key,
+                full_value,
+                window_key,
+                window_value,
+                full_slot + window_slot,
+                num_sinks,
+            ),
+        )
+    else:
+        append_step(
+            key,
+            value,
+            index_key_new,
+            full_key,
+            full_value,
+            index_key,
+            window_key,
+            window_value,
+            full_slot=full_slot,
+            window_slot=window_slot,
+            length=length,
+            start=start,
+            num_sinks=num_sinks,
+            index_scale=index_scale,
+            backend=backend,
+        )
+        if retrieval_heads:
+            selection = select_top_p(
+                index_query,
+                index_key,
+                index_heads=index_heads,
+                length=length,
+                start=start,
+                top_p=top_p,
+                min_tokens=min_tokens,
+                block_size=block_size,
+                index_scale=index_scale,
+                workspace=workspace,
+                backend=backend,
+            )
+    return decode_attention(
+        query,
+        full_key,
+        full_value,
+        window_key,
+        window_value,
+        selection,
+        retrieval_heads=retrieval_heads,
+        full_slot=full_slot,
+        window_slot=window_slot,
+        length=length,
+        start=start,
+        window=window,
+        num_sinks=num_sinks,
+        block_size=block_size,
+        scale=scale,
+        out=out,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        workspace=workspace,
+        backend=backend,
+    )

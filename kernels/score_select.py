@@ -12,10 +12,25 @@ from typing import NamedTuple
 
 import torch
 
+from .append import append_head, append_index
 from .common import HAS_TRITON, starts, tl, triton, use_triton
 from .top_p import index_scores_reference, top_p_set_reference
 from .two_phase import launch, wait_for_all
 from .workspace import HISTOGRAM_BINS, HISTOGRAM_SPAN, DecodeWorkspace, head_table, num_processors
+
+
+class NewTokens(NamedTuple):
+    """What `append_step` takes, for the launch that appends and selects at once; `index_key` is `[B, I, M, r]`."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    index_key: torch.Tensor
+    full_key: torch.Tensor
+    full_value: torch.Tensor
+    window_key: torch.Tensor
+    window_value: torch.Tensor
+    tables: tuple[int, ...]
+    num_sinks: int
 
 
 class Selection(NamedTuple):
@@ -173,6 +188,12 @@ if HAS_TRITON:
         o_token = o_row[:, None] * LANES + o_lane[None, :]
         b_histogram = tl.zeros([BINS], dtype=tl.int32)
         peak = tl.full((), FLOOR, tl.int32)
+        if INT8:
+            b_next = tl.load(
+                p_scale + tl.cast(first * TILE, tl.int64) * stride_sn + o_token * stride_sn,
+                mask=o_token < tl.where(first < last, num_seen - first * TILE, 0),
+                other=0.0,
+            )
         for i_tile in tl.range(first, last, num_stages=STAGES):
             left = num_seen - i_tile * TILE
             m_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) < left
@@ -184,9 +205,11 @@ if HAS_TRITON:
             # [ROWS, LANES]
             if INT8:
                 b_score = (tl.dot(b_key, b_high) * 128 + tl.dot(b_key, b_low)).to(tl.float32)
-                b_scale = tl.load(
-                    p_scale + tl.cast(i_tile * TILE, tl.int64) * stride_sn + o_token * stride_sn,
-                    mask=o_token < left,
+                b_scale = b_next
+                # scales are few and no operand of a dot: they are fetched one tile ahead by hand
+                b_next = tl.load(
+                    p_scale + tl.cast((i_tile + 1) * TILE, tl.int64) * stride_sn + o_token * stride_sn,
+                    mask=o_token < left - TILE,
                     other=0.0,
                 )
                 b_score *= b_scale.to(tl.float32)
@@ -352,8 +375,21 @@ if HAS_TRITON:
         p_index_heads,
         p_length,
         p_start,
+        p_new_key,
+        p_new_value,
+        p_new_index,
+        p_full_key,
+        p_full_value,
+        p_window_key,
+        p_window_value,
+        p_tables,
         top_p,
         min_tokens,
+        num_rows,
+        num_kv_items,
+        num_kv_heads,
+        num_sinks,
+        ring,
         num_heads,
         q_len,
         num_splits,
@@ -369,6 +405,27 @@ if HAS_TRITON:
         stride_codes,
         stride_tiles,
         stride_indices,
+        stride_nkb,
+        stride_nkh,
+        stride_nkn,
+        stride_nvb,
+        stride_nvh,
+        stride_nvn,
+        stride_xb,
+        stride_xh,
+        stride_xn,
+        stride_fkb,
+        stride_fkh,
+        stride_fkn,
+        stride_fvb,
+        stride_fvh,
+        stride_fvn,
+        stride_wkb,
+        stride_wkh,
+        stride_wkn,
+        stride_wvb,
+        stride_wvh,
+        stride_wvn,
         HEAD: tl.constexpr,
         PADDED: tl.constexpr,
         ROWS: tl.constexpr,
@@ -386,12 +443,61 @@ if HAS_TRITON:
         SCORE: tl.constexpr,
         COMPACT: tl.constexpr,
         STAGES: tl.constexpr,
+        APPEND: tl.constexpr,
+        HEAD_DIM: tl.constexpr,
+        BLOCK_D: tl.constexpr,
     ):
-        """CTA (query row, split): score its share of the keys, wait for the row's other splits, list its share."""
+        """CTA (query row, split): score its share of the keys, wait for the row's other splits, list its share.
+
+        With APPEND the step's tokens are written first: K and V by further CTAs, whom nobody waits for, and the
+        index keys by every CTA that will read them.
+        """
         TILE: tl.constexpr = ROWS * LANES
         UNITS: tl.constexpr = TILE // BLOCK
         i_row = tl.program_id(0) // num_splits
         i_split = tl.program_id(0) % num_splits
+        if APPEND and i_row >= num_rows:
+            if SCORE:
+                num_writers = tl.num_programs(0) - num_rows * num_splits
+                for i_item in tl.range(tl.program_id(0) - num_rows * num_splits, num_kv_items, num_writers):
+                    append_head(
+                        p_new_key,
+                        p_new_value,
+                        p_full_key,
+                        p_full_value,
+                        p_window_key,
+                        p_window_value,
+                        p_tables,
+                        p_start,
+                        i_item,
+                        tl.load(p_length),
+                        num_kv_heads,
+                        q_len,
+                        num_sinks,
+                        ring,
+                        stride_nkb,
+                        stride_nkh,
+                        stride_nkn,
+                        stride_nvb,
+                        stride_nvh,
+                        stride_nvn,
+                        stride_fkb,
+                        stride_fkh,
+                        stride_fkn,
+                        stride_fvb,
+                        stride_fvh,
+                        stride_fvn,
+                        stride_wkb,
+                        stride_wkh,
+                        stride_wkn,
+                        stride_wvb,
+                        stride_wvh,
+                        stride_wvn,
+                        HEAD_DIM,
+                        BLOCK_D,
+                        HAS_START,
+                    )
+            return
         i_query = i_row % q_len
         i_head = (i_row // q_len) % num_heads
         i_batch = (i_row // q_len // num_heads).to(tl.int64)
@@ -418,6 +524,21 @@ if HAS_TRITON:
             for i_bin in tl.range(i_split * BINS, SPAN, num_splits * BINS):
                 tl.store(p_cleared + i_bin + tl.arange(0, BINS), tl.zeros([BINS], dtype=tl.int32))
             i_key = tl.load(p_index_heads + i_head).to(tl.int64)
+            # the new tokens lie in the last two tiles
+            if APPEND and last >= num_tiles - 1:
+                for i_token in tl.range(0, q_len):
+                    append_index(
+                        p_new_index + i_batch * stride_xb + i_key * stride_xh + i_token * stride_xn,
+                        p_key + i_batch * stride_kb + i_key * stride_kh,
+                        p_scale + i_batch * stride_sb + i_key * stride_sh,
+                        tl.load(p_length).to(tl.int64) - q_len + i_token,
+                        stride_kn,
+                        stride_sn,
+                        HEAD,
+                        PADDED,
+                        INT8,
+                    )
+                tl.debug_barrier()
             _score_range(
                 p_query + i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + i_query * stride_qm,
                 p_key + i_batch * stride_kb + i_key * stride_kh + tl.cast(begin, tl.int64) * stride_kn,
@@ -510,12 +631,20 @@ if HAS_TRITON:
 
 
 # by capability: CTAs a multiprocessor holds, rows of 16 keys in a tile of 16 dimensions, warps, pipeline stages
-_SCORE_CONFIG = {"ctas": 2, "tile_keys": 1024, "list_units": 2048, "warps": 8, "stages": 3, "registers": 128}
+_SCORE_CONFIG = {
+    "ctas": 2,
+    "tile_keys": 1024,
+    "list_units": 2048,
+    "warps": 4,
+    "stages": 3,
+    "registers": 255,
+    "writers": 8,
+}
 _LANES = 16
 _STEPS = 8
 
 
-def _check_select(
+def check_select(
     index_query: torch.Tensor, index_key: torch.Tensor, index_heads: tuple[int, ...], block_size: int
 ) -> None:
     if index_query.dim() != 4 or index_query.shape[1] != len(index_heads):
@@ -570,7 +699,7 @@ def select_top_p(
     Raises:
         ValueError: shapes that do not fit, or a workspace that is too small.
     """
-    _check_select(index_query, index_key, index_heads, block_size)
+    check_select(index_query, index_key, index_heads, block_size)
     if not use_triton(backend, index_query):
         return select_top_p_reference(
             index_query,
@@ -583,12 +712,12 @@ def select_top_p(
             block_size=block_size,
             index_scale=index_scale,
         )
-    return _launch_select(
+    return launch_select(
         index_query, index_key, index_heads, length, start, top_p, min_tokens, block_size, index_scale, workspace
     )
 
 
-def _launch_select(
+def launch_select(
     index_query: torch.Tensor,
     index_key: torch.Tensor,
     index_heads: tuple[int, ...],
@@ -599,6 +728,7 @@ def _launch_select(
     block_size: int,
     index_scale: torch.Tensor | None,
     workspace: DecodeWorkspace | None,
+    new_tokens: NewTokens | None = None,
 ) -> Selection:
     batch, heads, q_len, head = index_query.shape
     capacity, device = index_key.shape[2], index_query.device
@@ -633,7 +763,11 @@ def _launch_select(
     tile_rows = max(tile_rows, -(-block_size // _LANES), 64 // _LANES)
     tile = tile_rows * _LANES
     slots = _SCORE_CONFIG["ctas"] * num_processors(device)
-    splits = max(1, min(slots // rows, -(-capacity // tile)))
+    writers = 0
+    if new_tokens is not None:
+        kv_items = batch * new_tokens.key.shape[1] * q_len
+        writers = min(kv_items, _SCORE_CONFIG["writers"])
+    splits = max(1, min((slots - writers) // rows, -(-capacity // tile)))
     first_slot = length if start is None else start
     if top_p >= 1.0:
         _select_all_kernel[(rows * splits,)](
@@ -652,6 +786,13 @@ def _launch_select(
         return selection
     units = tile // block_size
     scale = index_key if index_scale is None else index_scale
+    # without an append the rest of the arguments is never read
+    key = value = new_index = full_key = full_value = window_key = window_value = index_key
+    tables, kv_items, kv_heads, num_sinks = index_heads, 0, 1, 0
+    if new_tokens is not None:
+        key, value, new_index, full_key, full_value, window_key, window_value, tables, num_sinks = new_tokens
+        kv_heads = key.shape[1]
+        kv_items = batch * kv_heads * q_len
     arguments = (
         index_query,
         index_key,
@@ -667,8 +808,21 @@ def _launch_select(
         head_table(index_heads, device),
         length,
         first_slot,
+        key,
+        value,
+        new_index,
+        full_key,
+        full_value,
+        window_key,
+        window_value,
+        head_table(tables, device),
         float(top_p),
         min_tokens,
+        rows,
+        kv_items,
+        kv_heads,
+        num_sinks,
+        max(window_key.shape[2] - num_sinks, 1),
         heads,
         q_len,
         splits,
@@ -684,6 +838,13 @@ def _launch_select(
         blocks,
         workspace.tiles,
         blocks,
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *new_index.stride()[:3],
+        *full_key.stride()[:3],
+        *full_value.stride()[:3],
+        *window_key.stride()[:3],
+        *window_value.stride()[:3],
     )
     constants = {
         "HEAD": head,
@@ -701,9 +862,12 @@ def _launch_select(
         "CONTIGUOUS": index_key.stride(2) == head == padded,
         "HAS_START": start is not None,
         "STAGES": _SCORE_CONFIG["stages"],
+        "APPEND": new_tokens is not None,
+        "HEAD_DIM": key.shape[3],
+        "BLOCK_D": triton.next_power_of_2(key.shape[3]),
         "num_warps": _SCORE_CONFIG["warps"],
         "maxnreg": _SCORE_CONFIG["registers"],
     }
-    grid = (rows * splits,)
+    grid = (rows * splits + writers,)
     launch(_score_select_kernel, grid, arguments, constants, ("SCORE", "COMPACT"), on_gpu=on_gpu, alone=splits == 1)
     return selection

@@ -6,6 +6,8 @@ from typing import Any
 
 from .common import HAS_TRITON, tl, triton
 
+wait_for_all: Any = None
+
 if HAS_TRITON:
 
     @triton.jit
@@ -17,8 +19,10 @@ if HAS_TRITON:
             tl.atomic_xchg(p_arrived, 0, sem="relaxed")
             tl.atomic_add(p_generation, 1, sem="release")
         else:
-            while tl.atomic_add(p_generation, 0, sem="acquire") == generation:
+            # plain reads do not hold up the arrivals; the last, atomic one acquires
+            while tl.load(p_generation, volatile=True) == generation:
                 pass
+            tl.atomic_add(p_generation, 0, sem="acquire")
         tl.debug_barrier()
 
 

@@ -19,8 +19,8 @@ from statistics import NormalDist
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernels.append import append_step, quantize_index
-from ..kernels.decode import decode_attention, decode_attention_reference
+from ..kernels.append import quantize_index
+from ..kernels.decode import decode_attention, decode_attention_reference, decode_step
 from ..kernels.score_select import Selection, select_top_p, select_top_p_reference
 from ..kernels.workspace import DecodeWorkspace
 from .harness import Row, checked, copy_bandwidth, input_sets, measure, relative_error
@@ -133,28 +133,12 @@ def make_layer(geometry: Geometry, length: int, batch: int, *, int8: bool, seed:
 
 @dataclass(frozen=True)
 class Step:
-    """A decode step over a `Layer`: the three operations as the model calls them, and the peer."""
+    """A decode step over a `Layer`, its two parts, and the peer."""
 
     geometry: Geometry
     layer: Layer
     length: torch.Tensor
     workspace: DecodeWorkspace
-
-    def append(self) -> None:
-        layer, (full_slot, window_slot) = self.layer, slots(self.geometry)
-        append_step(
-            layer.new_key,
-            layer.new_value,
-            layer.new_index,
-            *layer.stores,
-            full_slot=full_slot,
-            window_slot=window_slot,
-            length=self.length,
-            start=None,
-            num_sinks=NUM_SINKS,
-            index_scale=layer.index_scale,
-            backend="triton",
-        )
 
     def select(self, *, reference: bool = False) -> Selection:
         operation = (
@@ -200,8 +184,32 @@ class Step:
         )
 
     def run(self) -> torch.Tensor:
-        self.append()
-        return self.attend(self.select(), out=self.layer.out)
+        """The step as the model makes it."""
+        layer, (full_slot, window_slot) = self.layer, slots(self.geometry)
+        return decode_step(
+            layer.query,
+            layer.new_key,
+            layer.new_value,
+            layer.index_query,
+            layer.new_index,
+            *layer.stores,
+            retrieval_heads=self.geometry.retrieval_heads,
+            index_heads=tuple(range(len(self.geometry.retrieval_heads))),
+            full_slot=full_slot,
+            window_slot=window_slot,
+            length=self.length,
+            start=None,
+            top_p=TOP_P,
+            min_tokens=0,
+            block_size=1,
+            window=WINDOW,
+            num_sinks=NUM_SINKS,
+            scale=self.geometry.head_dim**-0.5,
+            out=layer.out,
+            index_scale=layer.index_scale,
+            workspace=self.workspace,
+            backend="triton",
+        )
 
     def peer(self) -> torch.Tensor:
         """FlashAttention-2 with the query heads of a KV head packed as rows: its split-KV path reads K, V once."""
@@ -252,13 +260,21 @@ def touched_bytes(geometry: Geometry, length: int, selected: float, *, int8: boo
 
 def check_step(step: Step) -> tuple[float, float, bool]:
     """Relative error of the step's output, the selected share, and whether the selection keeps its promises."""
+    # what the step has to write itself: its output, and its own token in every store
     step.layer.out.fill_(float("nan"))
-    step.append()
+    full_key, full_value, index_key, window_key, window_value = step.layer.stores
+    end = int(step.length)
+    at = NUM_SINKS + (end - 1 - NUM_SINKS) % WINDOW
+    for store in (full_key[:, :, end - 1], full_value[:, :, end - 1], index_key[:, :, end - 1]):
+        store.zero_()
+    for store in (window_key[:, :, at], window_value[:, :, at]):
+        store.zero_()
+    out = step.run()
     selection = step.select()
     counts = selection.counts.clone()
-    out = step.attend(selection, out=step.layer.out)
     expected = step.attend(selection, out=torch.empty_like(out, dtype=torch.float32), reference=True)
-    error = relative_error(out, expected)
+    written = torch.equal(full_key[:, :, end - 1].float().norm(dim=-1) > 0, full_key[:, :, 0].norm(dim=-1) > 0)
+    error = relative_error(out, expected) if written else math.inf
     exact = step.select(reference=True)
     keys = step.layer.stores[2].float()
     if step.layer.index_scale is not None:

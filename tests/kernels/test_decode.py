@@ -3,7 +3,7 @@
 import pytest
 import torch
 from decode_case import Case, relative_error
-from rtpurbo_hf.kernels.decode import decode_attention, decode_attention_reference
+from rtpurbo_hf.kernels.decode import decode_attention, decode_attention_reference, decode_step
 from rtpurbo_hf.kernels.score_select import Selection, select_top_p, select_top_p_reference
 from rtpurbo_hf.kernels.workspace import DecodeWorkspace
 
@@ -139,3 +139,59 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="query must be"):
         arguments = case.attend_arguments(full_slot=(0, 1))
         decode_attention(case.query, *stores(case), select(case), **arguments)
+
+
+STEPS = {
+    "plain": {"length": 111, "q_len": 1, "batch": 2, "padding": (30, 0)},
+    "three rows": {"length": 64, "q_len": 3, "groups": 3},
+    "over two tiles": {"length": 130, "q_len": 16, "shared_index": True},
+    "int8": {"length": 90, "q_len": 2, "int8": True},
+    "no retrieval heads": {"length": 50, "retrieval_heads": ()},
+    "first token": {"length": 1},
+}
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
+def test_decode_step_is_its_three_operations(case: dict, top_p: float) -> None:
+    ours, theirs = Case(**case), Case(**case)
+    results = []
+    for step, backend in ((ours, "triton"), (theirs, "reference")):
+        before = step.length - step.q_len
+        if before:
+            step.fill(until=before, step=before if step.ring else step.q_len)
+        arguments = step.attend_arguments() | step.select_arguments(top_p=top_p, min_tokens=step.length // 2)
+        inputs = step.step_inputs(before, step.length)
+        chosen = bool(step.retrieval_heads)
+        results.append(
+            decode_step(
+                step.query,
+                *inputs[:2],
+                step.index_query if chosen else None,
+                inputs[2] if chosen else None,
+                *step.stores(),
+                backend=backend,
+                **arguments,
+            )
+        )
+    for name, got, expected in zip(
+        ("full_key", "full_value", "index_key", "window_key", "window_value"),
+        ours.stores(),
+        theirs.stores(),
+        strict=True,
+    ):
+        assert torch.equal(got.nan_to_num(55.0), expected.nan_to_num(55.0)), name
+    if top_p == 1.0 or ours.length == 1:
+        assert relative_error(*results) < 1e-5
+    elif ours.retrieval_heads:
+        local = [h for h in range(ours.kv_heads * ours.groups) if h not in ours.retrieval_heads]
+        assert relative_error(results[0][:, :, local], results[1][:, :, local]) < 1e-5
+        selection = select_top_p(
+            ours.index_query,
+            ours.index_key,
+            backend="triton",
+            **ours.select_arguments(min_tokens=ours.length // 2),
+        )
+        arguments = ours.attend_arguments()
+        expected = decode_attention_reference(ours.query, *stores(ours), selection, **arguments)
+        assert relative_error(results[0], expected) < 1e-5
