@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..modeling.attention_rtpurbo import AttentionInputs
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
-from .row_sampling import RowSampler, Rows, document_key, token_span
+from .row_sampling import Rows, RowSampler, document_key, token_span
 from .stage1 import LayerRows
 
 logger = logging.getLogger(__name__)

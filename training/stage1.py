@@ -60,13 +60,11 @@ class LayerRows:
 
     def index(self, indexer: RTPurboIndexer) -> tuple[torch.Tensor, torch.Tensor]:
         """Index queries `[B, n, R, r]` and keys `[B, I, N, r]`, fp32 whatever autocast says."""
-        rows = self.plan.index_key_kv
-        keys = self.key_pre[:, index_tensor(tuple(self.plan.full_kv.index(k) for k in rows), self.key_pre.device)]
+        plan = self.plan
+        queries = _at_heads(self.query_pre, plan.retrieval, plan.num_heads)
+        keys = _at_heads(self.key_pre, plan.full_kv, plan.num_kv_heads)
         with torch.autocast(self.key.device.type, enabled=False):
-            return (
-                indexer._project(self.query_pre, indexer.q_proj, self.row_positions),
-                indexer._project(keys, indexer.k_proj, self.positions),
-            )
+            return indexer.queries(queries, self.row_positions), indexer.keys(keys, self.positions)
 
     @property
     def head_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,6 +72,14 @@ class LayerRows:
         device = self.query.device
         every = index_tensor(tuple(range(len(self.plan.retrieval))), device)
         return every, index_tensor(self.plan.retrieval_rows, device), index_tensor(self.plan.index_heads, device)
+
+
+def _at_heads(vectors: torch.Tensor, heads: tuple[int, ...], count: int) -> torch.Tensor:
+    """`[B, len(heads), M, D]` put at their places among `count` heads, as the indexer expects them."""
+    if len(heads) == count:
+        return vectors
+    placed = vectors.new_zeros(vectors.shape[0], count, *vectors.shape[2:])
+    return placed.index_copy_(1, index_tensor(heads, vectors.device), vectors)
 
 
 def layer_kl(indexer: RTPurboIndexer, data: LayerRows, weight: torch.Tensor) -> torch.Tensor:
