@@ -197,6 +197,13 @@ def _output_of(*command: str) -> str | None:
     return done.stdout.strip() or None
 
 
+def _command() -> str:
+    """The command line, absolute paths cut to their last part."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = Path(sys.argv[0]).name if spec is None else f"python -m {spec.name}"
+    return " ".join([program, *(Path(word).name if word.startswith("/") else word for word in sys.argv[1:])])
+
+
 def environment() -> dict[str, Any]:
     """Where and with what a result was measured; `RTPURBO_COMMIT` names the commit where there is no git."""
     here = str(Path(__file__).resolve().parent)
@@ -206,14 +213,12 @@ def environment() -> dict[str, Any]:
         driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     packages = ("torch", "triton", "transformers", "fa3-fwd", "flash-attn", "rtpurbo-hf")
     return {
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "versions": {name: _version(name) for name in packages}
         | {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": driver},
         "commit": commit or "unknown",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }
 
 
@@ -234,8 +239,7 @@ def table(rows: Sequence[Row], *, extra: Sequence[str] = ("geometry", "batch", "
         lines.append([_cell(value) for value in (*fixed, *(row.extra.get(name) for name in shown))])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
@@ -265,9 +269,7 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
                 lines.setdefault(_label(row), []).append((row.length, value))
         for series, points in lines.items():
             points.sort()
-            axis.plot(
-                [point[0] for point in points], [point[1] for point in points], marker="o", label=series
-            )
+            axis.plot([point[0] for point in points], [point[1] for point in points], marker="o", label=series)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("length (tokens)")
         axis.set_ylabel(label)

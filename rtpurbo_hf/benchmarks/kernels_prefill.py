@@ -213,7 +213,7 @@ def layer_row(case: str, geometry: Geometry, length: int, ratio: float) -> Row:
     error = layer.error(layer.out, tuple(range(geometry.query_heads)))
     if not bool(torch.isfinite(layer.out).all()):
         error = math.inf
-    timing = measure(layer.run, warmup=1 if length < 1_000_000 else 0, repeats=10, budget_ms=1500)
+    timing = measure(layer.run, warmup=1 if length < 500_000 else 0, repeats=10, budget_ms=1500)
     path = dense.choose_path(layer.query, chunked=False, special=False)
     peer, note = fa2_time(geometry, length)
     return _row(case, geometry, length, ratio, timing, peer, note, error, layer.flops(), {"dense_path": path})
