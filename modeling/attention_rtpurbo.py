@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..kernels.common import index_tensor, starts
+from ..kernels.common import index_tensor
 from ..kernels.decode import decode_attention
 from ..kernels.dense import dense_attention
 from ..kernels.indexed import indexed_attention_reference
@@ -74,6 +74,8 @@ class ForwardState:
     q_start: int
     start: torch.Tensor | None
     is_decode: bool
+    positions: torch.Tensor
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     length: torch.Tensor | None = None
     decode_rows: DecodeRows | None = None
     observer: Callable[[AttentionInputs], torch.Tensor | None] | None = None
@@ -145,7 +147,8 @@ def rtpurbo_attention(
     if layer.rotation is not None:
         query, key = layer.rotation(query, key, cos, sin)
     state = rtpurbo_state
-    positions = _positions(state, query)
+    device = query.device
+    positions = state.positions.to(device)
     plan = layer.plans[state.mode]
     if state.observer is not None:
         inputs = AttentionInputs(
@@ -160,8 +163,9 @@ def rtpurbo_attention(
     if plan.indexed and plan.retrieval:
         # 16 bits are enough to route, and make tokens that tie in exact arithmetic tie in every batch shape
         dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
-        index_query = module.indexer.queries(query_pre, positions).to(dtype)
-        index_key = module.indexer.keys(key_pre, positions).to(dtype)
+        rotation = None if state.rotation is None else tuple(part.to(device) for part in state.rotation)
+        index_query = module.indexer.queries(query_pre, positions, rotation).to(dtype)
+        index_key = module.indexer.keys(key_pre, positions, rotation).to(dtype)
     step = _Step(layer, plan, state, options, query, key, value, index_query, index_key)
     view = None
     if cache is not None:
@@ -176,12 +180,6 @@ def rtpurbo_attention(
     else:
         step.chunk(out, view)
     return out, None
-
-
-def _positions(state: ForwardState, query: torch.Tensor) -> torch.Tensor:
-    """Logical positions `[B, M]` of this forward's rows."""
-    slots = torch.arange(state.q_start, state.q_start + query.shape[2], device=query.device)
-    return slots - starts(state.start, query.shape[0], query.device)[:, None]
 
 
 def _native_sliding(module, query, key, value, window, state: ForwardState, options: dict) -> torch.Tensor:

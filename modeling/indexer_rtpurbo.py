@@ -8,6 +8,7 @@ that the index can also tell near from far. Keys are rotated when they are writt
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -15,23 +16,35 @@ from torch import nn
 from ..kernels.common import index_tensor
 from .plan_rtpurbo import HeadPlan
 
+Rotation = tuple[torch.Tensor, torch.Tensor]
 
-def rotate_index(vectors: torch.Tensor, positions: torch.Tensor, wavelengths: tuple[float, float]) -> torch.Tensor:
-    """Rotate pairs (i, i + n/2) of the last axis by 2 pi * position / wavelength_i.
 
-    Args:
-        vectors: fp32 `[B, H, M, n]`, n even.
-        positions: int64 `[B, M]` logical positions.
-        wavelengths: shortest and longest, in tokens.
-    """
-    half = vectors.shape[-1] // 2
+@lru_cache(maxsize=64)
+def _periods(wavelengths: tuple[float, float], pairs: int, device: torch.device) -> torch.Tensor:
     low, high = (math.log(w) for w in wavelengths)
-    steps = torch.linspace(0, 1, half, device=vectors.device) if half > 1 else vectors.new_zeros(half)
-    period = torch.exp(low + (high - low) * steps)
+    with torch.inference_mode(False):
+        steps = (
+            torch.linspace(0, 1, pairs, device=device, dtype=torch.float64) if pairs > 1 else torch.zeros(1).to(device)
+        )
+        return torch.exp(low + (high - low) * steps).float()
+
+
+def index_rotation(positions: torch.Tensor, wavelengths: tuple[float, float], rotary_dim: int) -> Rotation:
+    """fp32 cos and sin `[B, 1, M, rotary_dim / 2]` of 2 pi * position / wavelength, at int64 positions `[B, M]`.
+
+    `wavelengths`: shortest and longest, in tokens; the others lie between them, log-spaced.
+    """
+    period = _periods(wavelengths, rotary_dim // 2, positions.device).double()
     # the remainder keeps the angle small, so that fp32 stays exact at positions of a million
-    turns = torch.remainder(positions[:, None, :, None].double(), period.double()) / period.double()
-    angle = (2 * math.pi * turns).to(vectors.dtype)
-    cos, sin = angle.cos(), angle.sin()
+    turns = torch.remainder(positions[:, None, :, None].double(), period) / period
+    angle = (2 * math.pi * turns).float()
+    return angle.cos(), angle.sin()
+
+
+def rotate_index(vectors: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Rotate pairs (i, i + n/2) of the last axis of fp32 `[B, H, M, n]`."""
+    cos, sin = rotation
+    half = vectors.shape[-1] // 2
     first, second = vectors[..., :half], vectors[..., half:]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
@@ -52,20 +65,28 @@ class RTPurboIndexer(nn.Module):
         self.q_proj = nn.Parameter(torch.empty(len(plan.retrieval), index_dim, head_dim, dtype=torch.float32))
         self.k_proj = nn.Parameter(torch.empty(len(plan.index_key_kv), index_dim, head_dim, dtype=torch.float32))
 
-    def _project(self, vectors: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def rotation(self, positions: torch.Tensor) -> Rotation | None:
+        """What `queries` and `keys` rotate by at positions `[B, M]`; the same in every layer. None: nothing rotates."""
+        return index_rotation(positions, self.wavelengths, self.rotary_dim) if self.rotary_dim else None
+
+    def _project(
+        self, vectors: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None
+    ) -> torch.Tensor:
         projected = torch.matmul(vectors.to(weight.dtype), weight.transpose(-1, -2))
         if self.rotary_dim == 0:
             return projected
         content = projected.shape[-1] - self.rotary_dim
-        rotated = rotate_index(projected[..., content:], positions, self.wavelengths)
+        rotated = rotate_index(projected[..., content:], rotation or self.rotation(positions))
         return torch.cat([projected[..., :content], rotated], -1)
 
-    def queries(self, query_pre: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def queries(
+        self, query_pre: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None = None
+    ) -> torch.Tensor:
         """Index queries `[B, n, M, index_dim]` of pre-RoPE queries `[B, Hq, M, D]` at positions `[B, M]`."""
         heads = index_tensor(self.plan.retrieval, query_pre.device)
-        return self._project(query_pre[:, heads], self.q_proj, positions)
+        return self._project(query_pre[:, heads], self.q_proj, positions, rotation)
 
-    def keys(self, key_pre: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def keys(self, key_pre: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None = None) -> torch.Tensor:
         """Index keys `[B, I, M, index_dim]` of pre-RoPE keys `[B, Hkv, M, D]` at positions `[B, M]`."""
         heads = index_tensor(self.plan.index_key_kv, key_pre.device)
-        return self._project(key_pre[:, heads], self.k_proj, positions)
+        return self._project(key_pre[:, heads], self.k_proj, positions, rotation)

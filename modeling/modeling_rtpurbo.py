@@ -17,6 +17,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..kernels.common import starts
 from .attention_rtpurbo import (
     ATTENTION_NAME,
     DecodeRows,
@@ -30,7 +31,7 @@ from .cache_rtpurbo import RTPurboCache
 from .checkpoint_rtpurbo import CheckpointMixin
 from .configuration_rtpurbo import RTPurboConfig
 from .families_rtpurbo import attention_modules, family_of, full_attention_modules, head_counts, head_dim
-from .indexer_rtpurbo import RTPurboIndexer
+from .indexer_rtpurbo import RTPurboIndexer, index_rotation
 from .padding_rtpurbo import check_positions, left_padding
 from .plan_rtpurbo import HeadPlan
 
@@ -314,7 +315,13 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         length = None
         if is_decode:
             length = torch.full((1,), q_start + shape[1], dtype=torch.int32, device=self.device)
-        return ForwardState(self.attention, q_start, start, is_decode, length)
+        slots = torch.arange(q_start, q_start + shape[1], device=self.device)
+        positions = slots - starts(start, shape[0], self.device)[:, None]
+        rotation = None
+        if self.attention == "sparse" and self.config.index_rotary_dim:
+            waves = tuple(self.config.index_rotary_wavelengths)
+            rotation = index_rotation(positions, waves, self.config.index_rotary_dim)
+        return ForwardState(self.attention, q_start, start, is_decode, positions, rotation, length)
 
     @staticmethod
     def _decode_rows(decode_rows, shape, attention_mask, state: ForwardState) -> DecodeRows | None:

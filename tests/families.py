@@ -90,7 +90,7 @@ def tiny_base(family: str = "llama", *, seed: int = 0, **options) -> PreTrainedM
     with torch.no_grad():
         for parameter in base.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.15, generator=generator)
+                parameter.normal_(std=0.1, generator=generator)
             else:
                 parameter.uniform_(0.3, 1.7, generator=generator)
     base.generation_config.pad_token_id = 0

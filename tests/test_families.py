@@ -16,9 +16,7 @@ def test_every_family_has_a_test():
 
 
 def generate(model, ids, mask):
-    return model.generate(
-        ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **GREEDY
-    )
+    return model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **GREEDY)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -46,7 +44,7 @@ def test_dense_setting_equals_base(family):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_sparse_prefill_and_decode_equal_one_forward(family):
-    """Row-wise sparse prefill plus cached decode is one uncached forward, whatever else the family does to attention."""
+    """Row-wise sparse prefill plus cached decode is one uncached forward, whatever else the family does."""
     torch.manual_seed(0)
     base = tiny_base(family)
     heads = [[h for h in layer if h != 1] for layer in everything_retrieves(base)]
@@ -62,9 +60,7 @@ def test_sparse_prefill_and_decode_equal_one_forward(family):
     split = 10
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        first = model(
-            ids[:, :split], attention_mask=mask[:, :split], position_ids=positions[:, :split], use_cache=True
-        )
+        first = model(ids[:, :split], attention_mask=mask[:, :split], position_ids=positions[:, :split], use_cache=True)
         pieces = [first.logits]
         for i in range(split, ids.shape[1]):
             step = model(
