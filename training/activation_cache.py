@@ -214,7 +214,8 @@ class ActivationCache(Dataset):
             constants[str(layer)] = [data.scale, data.softcap]
             for name in (*_TENSORS, "slots", "row_positions", "positions", "start"):
                 if getattr(data, name) is not None:
-                    tensors[f"{layer}.{name}"] = getattr(data, name).contiguous()
+                    # layers share some of these, which safetensors does not take
+                    tensors[f"{layer}.{name}"] = getattr(data, name).clone(memory_format=torch.contiguous_format)
         file = self._file(index)
         temporary = file.with_suffix(".tmp")
         save_file(tensors, temporary, metadata={"format": "pt", "constants": json.dumps(constants)})
