@@ -8,7 +8,7 @@ import string
 
 from .prompts import Prompt, Workbench
 
-_WORD = re.compile(r"[a-z]{4,10}")
+_WORD = re.compile(r"\b[a-z]{4,10}\b")
 
 
 def _names(bench: Workbench, count: int) -> list[str]:
