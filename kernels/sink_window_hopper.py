@@ -4,11 +4,12 @@ The same sum, tiles and masks as the portable kernel there, with the work split 
 compiler does not do well on this chip:
 
 - one warp copies Q, K and V tiles to shared memory through TMA, several stages ahead;
-- two or three groups of four warps each own 64 query rows; each starts the scores of the next key tile before it
+- two groups of four warps each own 64 query rows; each starts the scores of the next key tile before it
   finishes the softmax of this one, so that the tensor cores stay busy during the exponentials.
 
-Order of the key tiles of a program: the sinks, the window tiles that need a mask (both ends), then those that do not.
-Not for gradients, and not for fp32.
+The key tiles of a program come in order: the sinks, then the window from its low end; only its two ends are
+masked. (Both masked ends first would save a copy of the loop, but measured 5 to 20 % slower.) Not for gradients,
+and not for fp32.
 """
 
 from __future__ import annotations
@@ -36,20 +37,17 @@ try:
 except ImportError:
     HAS_GLUON = False
 
-# padded head_dim: (rows of a warp group, keys of a tile, stages, warp groups, registers of a thread); measured on
-# an H200, where head_dim 64 is faster in the portable kernel (461 against 430 TFLOP/s at best)
+# padded head_dim: (rows of a warp group, keys of a tile, stages, registers of a thread); measured on an H200, where
+# head_dim 64 is faster in the portable kernel (461 against 430 TFLOP/s), and where three groups of 64 x 64 tiles, three
+# stages, or mbarriers that make the groups take turns at the tensor cores gained nothing at head_dim 128
 TILES = {
-    128: (64, 128, 2, 2, 240),
-    256: (64, 64, 2, 2, 240),
+    128: (64, 128, 2, 240),
+    256: (64, 64, 2, 240),
 }
+WARP_GROUPS = 2
 
 if HAS_GLUON:
     _VARYING = ["num_heads", "q_len", "kv_len", "q_start", "kv_start", "window", "num_sinks", "sink_len"]
-
-    @gluon.jit
-    def _tile_row(i_t, front, middle, masked):
-        """Place in the window of the i_t-th tile to be read: the front, the back, then the middle."""
-        return gl.where(i_t < front, i_t, gl.where(i_t < masked, i_t + middle, i_t - masked + front))
 
     @gluon.jit
     def _softmax(b_s, b_mask, b_max, b_sum, scale, softcap, MASKED: gl.constexpr, SOFTCAP: gl.constexpr):
@@ -83,7 +81,7 @@ if HAS_GLUON:
         q_tiles, k_tiles, v_tiles, bars = shared
         desc_q, desc_k, desc_v, desc_sink_k, desc_sink_v = sources
         i_b, i_head, i_kv, q_row, sink_row, row = places
-        front, middle, masked, total = span[6], span[7], span[8], span[9]
+        total = span[8]
         for i_g in gl.static_range(GROUPS):
             full = bars.index(4 * STAGES + i_g)
             mbarrier.expect(full, ROWS * BLOCK_D * 2)
@@ -95,7 +93,7 @@ if HAS_GLUON:
             k_full, k_free = bars.index(stage), bars.index(STAGES + stage)
             v_full, v_free = bars.index(2 * STAGES + stage), bars.index(3 * STAGES + stage)
             i_t = i_j - 1 if HAS_SINKS else i_j
-            key_row = row + _tile_row(i_t, front, middle, masked) * BLOCK_N
+            key_row = row + i_t * BLOCK_N
             mbarrier.wait(k_free, phase)
             mbarrier.expect(k_full, BLOCK_N * BLOCK_D * 2)
             if HAS_SINKS and i_j == 0:
@@ -132,7 +130,7 @@ if HAS_GLUON:
     ):
         """Scores of tile `i_j` and weights of tile `i_j - 1` times V, both in flight; then the softmax of `i_j`."""
         _, k_tiles, v_tiles, bars = shared
-        _, _, _, low, high, window, front, middle, masked, _, scale, softcap, _ = span
+        _, _, _, low, high, window, _, _, _, scale, softcap, _ = span
         stage, last = i_j % STAGES, (i_j - 1) % STAGES
         mbarrier.wait(bars.index(stage), (i_j // STAGES) & 1)
         # [BLOCK_D, BLOCK_N]
@@ -148,7 +146,7 @@ if HAS_GLUON:
         b_mask = None
         if MASKED:
             i_t = i_j - 1 if HAS_SINKS else i_j
-            o_slot = low + _tile_row(i_t, front, middle, masked) * BLOCK_N
+            o_slot = low + i_t * BLOCK_N
             o_slot += gl.arange(0, BLOCK_N, gl.SliceLayout(0, L_S))
             o_distance = q_slot[:, None] - o_slot[None, :]
             b_mask = (o_slot < high)[None, :] & (o_distance >= 0) & (o_distance < window)
@@ -177,7 +175,7 @@ if HAS_GLUON:
         """One group of four warps: `ROWS` query rows against every key tile."""
         q_tiles, k_tiles, v_tiles, bars = shared
         p_out, out_base, stride_om, i_m, q_len = store
-        q_first, first, sink_len, low, high, window, front, middle, masked, total, scale, softcap, logit = span
+        q_first, first, sink_len, low, high, window, front_end, middle_end, total, scale, softcap, logit = span
         L_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
         L_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
         dtype: gl.constexpr = q_tiles.dtype
@@ -204,55 +202,27 @@ if HAS_GLUON:
         if HAS_SINKS:
             b_mask = (o_n < sink_len)[None, :] & (q_slot[:, None] >= (o_n + first)[None, :])
         else:
-            o_slot = low + _tile_row(0, front, middle, masked) * BLOCK_N + o_n
+            o_slot = low + o_n
             o_distance = q_slot[:, None] - o_slot[None, :]
             b_mask = (o_slot < high)[None, :] & (o_distance >= 0) & (o_distance < window)
         b_p, _, b_max, b_sum = _softmax(b_s, b_mask, b_max, b_sum, scale, softcap, True, SOFTCAP)
         b_p = gl.convert_layout(b_p.to(dtype), gl.DotOperandLayout(0, L_O, 2))
 
-        unmasked = gl.maximum(masked + 1 if HAS_SINKS else masked, 1)
-        for i_j in range(1, unmasked):
+        for i_j in range(1, front_end):
             b_p, b_acc, b_max, b_sum = _step(
-                q_tile,
-                shared,
-                span,
-                q_slot,
-                i_j,
-                b_p,
-                b_acc,
-                b_max,
-                b_sum,
-                True,
-                HAS_SINKS,
-                SOFTCAP,
-                ROWS,
-                BLOCK_N,
-                BLOCK_D,
-                STAGES,
-                L_S,
-                L_O,
-            )
-        for i_j in range(unmasked, total):
+                q_tile, shared, span, q_slot, i_j, b_p, b_acc, b_max, b_sum,
+                True, HAS_SINKS, SOFTCAP, ROWS, BLOCK_N, BLOCK_D, STAGES, L_S, L_O,
+            )  # fmt: skip
+        for i_j in range(gl.maximum(front_end, 1), middle_end):
             b_p, b_acc, b_max, b_sum = _step(
-                q_tile,
-                shared,
-                span,
-                q_slot,
-                i_j,
-                b_p,
-                b_acc,
-                b_max,
-                b_sum,
-                False,
-                HAS_SINKS,
-                SOFTCAP,
-                ROWS,
-                BLOCK_N,
-                BLOCK_D,
-                STAGES,
-                L_S,
-                L_O,
-            )
+                q_tile, shared, span, q_slot, i_j, b_p, b_acc, b_max, b_sum,
+                False, HAS_SINKS, SOFTCAP, ROWS, BLOCK_N, BLOCK_D, STAGES, L_S, L_O,
+            )  # fmt: skip
+        for i_j in range(gl.maximum(middle_end, 1), total):
+            b_p, b_acc, b_max, b_sum = _step(
+                q_tile, shared, span, q_slot, i_j, b_p, b_acc, b_max, b_sum,
+                True, HAS_SINKS, SOFTCAP, ROWS, BLOCK_N, BLOCK_D, STAGES, L_S, L_O,
+            )  # fmt: skip
 
         last = (total - 1) % STAGES
         mbarrier.wait(bars.index(2 * STAGES + last), ((total - 1) // STAGES) & 1)
@@ -330,9 +300,10 @@ if HAS_GLUON:
         front = (low_all - low + BLOCK_N - 1) // BLOCK_N
         middle = gl.maximum(high_all - low - front * BLOCK_N, 0) // BLOCK_N
         back = gl.maximum(high - low - (front + middle) * BLOCK_N + BLOCK_N - 1, 0) // BLOCK_N
-        masked = front + back
-        # one tile at least, wholly masked if the rows see nothing
-        total = masked + middle + 1 if HAS_SINKS else gl.maximum(masked + middle, 1)
+        # tile counts with the sinks' tile in front; one tile at least, wholly masked if the rows see nothing
+        front_end = front + 1 if HAS_SINKS else front
+        middle_end = front_end + middle
+        total = middle_end + back if HAS_SINKS else gl.maximum(middle_end + back, 1)
         sink_row = 0 if SINKS_APART else first
         out_base = i_b.to(gl.int64) * stride_ob + i_head.to(gl.int64) * stride_oh
 
@@ -352,111 +323,17 @@ if HAS_GLUON:
 
         shared = (q_tiles, k_tiles, v_tiles, bars)
         store = (p_out, out_base, stride_om, i_m, q_len)
-        span = (q_first, first, sink_len, low, high, window, front, middle, masked, total, scale, softcap, logit)
+        span = (q_first, first, sink_len, low, high, window, front_end, middle_end, total, scale, softcap, logit)
         sources = (desc_q, desc_k, desc_v, desc_sink_k, desc_sink_v)
         places = (i_b, i_head, i_kv, i_m, sink_row, low - kv_start)
         # the flags are written out: kept in a variable they would no longer be compile-time constants
-        if GROUPS == 3:
-            gl.warp_specialize(
-                [
-                    (
-                        _attend,
-                        (
-                            shared,
-                            store,
-                            span,
-                            0,
-                            HAS_SINKS,
-                            SOFTCAP,
-                            HAS_LOGITS,
-                            HEAD_DIM,
-                            ROWS,
-                            BLOCK_N,
-                            BLOCK_D,
-                            STAGES,
-                        ),
-                    ),
-                    (
-                        _attend,
-                        (
-                            shared,
-                            store,
-                            span,
-                            1,
-                            HAS_SINKS,
-                            SOFTCAP,
-                            HAS_LOGITS,
-                            HEAD_DIM,
-                            ROWS,
-                            BLOCK_N,
-                            BLOCK_D,
-                            STAGES,
-                        ),
-                    ),
-                    (
-                        _attend,
-                        (
-                            shared,
-                            store,
-                            span,
-                            2,
-                            HAS_SINKS,
-                            SOFTCAP,
-                            HAS_LOGITS,
-                            HEAD_DIM,
-                            ROWS,
-                            BLOCK_N,
-                            BLOCK_D,
-                            STAGES,
-                        ),
-                    ),
-                    (_load, (shared, sources, places, span, HAS_SINKS, ROWS, BLOCK_N, BLOCK_D, STAGES, GROUPS)),
-                ],
-                [4, 4, 1],
-                [REGISTERS, REGISTERS, 24],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (
-                        _attend,
-                        (
-                            shared,
-                            store,
-                            span,
-                            0,
-                            HAS_SINKS,
-                            SOFTCAP,
-                            HAS_LOGITS,
-                            HEAD_DIM,
-                            ROWS,
-                            BLOCK_N,
-                            BLOCK_D,
-                            STAGES,
-                        ),
-                    ),
-                    (
-                        _attend,
-                        (
-                            shared,
-                            store,
-                            span,
-                            1,
-                            HAS_SINKS,
-                            SOFTCAP,
-                            HAS_LOGITS,
-                            HEAD_DIM,
-                            ROWS,
-                            BLOCK_N,
-                            BLOCK_D,
-                            STAGES,
-                        ),
-                    ),
-                    (_load, (shared, sources, places, span, HAS_SINKS, ROWS, BLOCK_N, BLOCK_D, STAGES, GROUPS)),
-                ],
-                [4, 1],
-                [REGISTERS, 24],
-            )
+        gl.warp_specialize([
+            (_attend, (shared, store, span, 0, HAS_SINKS, SOFTCAP, HAS_LOGITS, HEAD_DIM,
+                      ROWS, BLOCK_N, BLOCK_D, STAGES)),
+            (_attend, (shared, store, span, 1, HAS_SINKS, SOFTCAP, HAS_LOGITS, HEAD_DIM,
+                      ROWS, BLOCK_N, BLOCK_D, STAGES)),
+            (_load, (shared, sources, places, span, HAS_SINKS, ROWS, BLOCK_N, BLOCK_D, STAGES, GROUPS)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
 def tma_ready(tensor: torch.Tensor) -> bool:
@@ -498,7 +375,7 @@ def run_hopper(
     """Launch the kernel; arguments as in `sink_window_attention`, already checked, head lists as device tensors."""
     batch, _, q_len, head_dim = query.shape
     block_d = triton.next_power_of_2(head_dim)
-    rows, block_n, stages, groups, registers = TILES[block_d]
+    rows, block_n, stages, registers = TILES[block_d]
 
     def descriptor(tensor: torch.Tensor, length: int, tile: int) -> TensorDescriptor:
         block = [1, 1, tile, block_d]
@@ -516,7 +393,7 @@ def run_hopper(
         desc_sink_k = descriptor(sink_key, sink_len, block_n)
         desc_sink_v = descriptor(sink_value, sink_len, block_n)
     log2e = math.log2(math.e)
-    grid = (triton.cdiv(q_len, rows * groups) * batch * heads.numel(),)
+    grid = (triton.cdiv(q_len, rows * WARP_GROUPS) * batch * heads.numel(),)
     _sink_window_hopper_kernel[grid](
         descriptor(query, q_len, rows),
         desc_k,
@@ -546,7 +423,7 @@ def run_hopper(
         ROWS=rows,
         BLOCK_N=block_n,
         STAGES=stages,
-        GROUPS=groups,
+        GROUPS=WARP_GROUPS,
         REGISTERS=registers,
         HAS_START=start is not None,
         HAS_SINKS=num_sinks > 0,
