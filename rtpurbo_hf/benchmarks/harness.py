@@ -86,7 +86,7 @@ def checked(error: float, tolerance: float) -> dict[str, Any]:
     return {"check": "ok" if good else "red", "checked_error": error, "tolerance": tolerance}
 
 
-def input_sets(num_bytes: int) -> int:
+def input_sets(num_bytes: float) -> int:
     """How many copies of the inputs to rotate so that L2 does not serve them: three times its size."""
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return max(1, min(64, math.ceil(3 * cache / max(num_bytes, 1))))

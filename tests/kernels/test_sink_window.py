@@ -206,12 +206,8 @@ def test_gradients_fall_back_to_the_reference():
     arguments = inputs(Case(20, softcap=3.0))
     grads = []
     for backend in ("triton", "reference"):
-        leaves = {
-            name: arguments[name].detach().clone().requires_grad_() for name in ("query", "key", "value")
-        }
-        out = sink_window_attention(
-            **(arguments | leaves | {"out": arguments["out"].clone()}), backend=backend
-        )
+        leaves = {name: arguments[name].detach().clone().requires_grad_() for name in ("query", "key", "value")}
+        out = sink_window_attention(**(arguments | leaves | {"out": arguments["out"].clone()}), backend=backend)
         out[:, :, list(arguments["heads"])].square().sum().backward()
         grads.append([leaf.grad for leaf in leaves.values()])
     assert all(float(grad.abs().sum()) > 0 for grad in grads[0])
@@ -223,9 +219,7 @@ def test_gradients_fall_back_to_the_reference():
 def test_compile_does_not_break_the_graph():
     arguments = inputs(Case(20))
     expected = run(arguments, "triton")
-    compiled = torch.compile(
-        lambda **kw: sink_window_attention(**kw) * 2, fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda **kw: sink_window_attention(**kw) * 2, fullgraph=True, backend="aot_eager")
     out = compiled(**arguments, backend="triton")
     torch.testing.assert_close(out[:, :, list(arguments["heads"])], expected * 2)
 
