@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..kernels.common import index_tensor
+from ..kernels.common import index_tensor, use_triton
 from ..kernels.decode import decode_attention
 from ..kernels.dense import dense_attention
 from ..kernels.indexed import indexed_attention_reference
@@ -170,13 +170,19 @@ def rtpurbo_attention(
     view = None
     if cache is not None:
         view, _ = cache.update(
-            key, value, layer.layer_idx, index_key=index_key, start=state.start, is_decode=state.is_decode
+            key,
+            value,
+            layer.layer_idx,
+            index_key=index_key,
+            start=state.start,
+            decode_length=None if state.length is None else state.length.to(device),
+            backend=layer.config.attention_backend,
         )
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     if view is None or view.q_start == 0:
         step.fresh(out)
     elif state.is_decode:
-        step.decode(out, view)
+        step.decode(out, view, cache)
     else:
         step.chunk(out, view)
     return out, None
@@ -278,21 +284,27 @@ class _Step:
         else:
             self._dense(out, full_key, full_value, plan.retrieval_rows, q_start=view.q_start)
 
-    def decode(self, out: torch.Tensor, view) -> None:
+    def decode(self, out: torch.Tensor, view, cache) -> None:
         """A decode step over the stores of the cache."""
         plan, config, state = self.plan, self.layer.config, self.state
-        selection = None
+        selection = workspace = None
         retrieval = plan.retrieval if self.selects else ()
+        device = self.query.device
+        length = state.length.to(device)
+        start = None if state.start is None else state.start.to(device)
+        if use_triton(self.backend, self.query):
+            workspace = cache.workspace(self.query, plan, view.full_key.shape[2], config.index_block_size)
         if retrieval:
             selection = select_top_p(
                 self.index_query,
                 view.index_key,
                 index_heads=plan.index_heads,
-                length=state.length,
-                start=state.start,
+                length=length,
+                start=start,
                 top_p=config.index_top_p,
                 min_tokens=config.index_min_tokens,
                 block_size=config.index_block_size,
+                workspace=workspace,
                 backend=self.backend,
             )
         if retrieval or plan.local:
@@ -306,12 +318,13 @@ class _Step:
                 retrieval_heads=retrieval,
                 full_slot=plan.full_slot,
                 window_slot=plan.window_slot,
-                length=state.length,
-                start=state.start,
+                length=length,
+                start=start,
                 window=config.sliding_window,
                 num_sinks=config.num_sink_tokens,
                 block_size=config.index_block_size,
                 out=out,
+                workspace=workspace,
                 backend=self.backend,
                 **self.options,
             )

@@ -9,6 +9,7 @@ Per converted layer there are three stores:
 
 Layers of the base model that are not converted (native sliding windows, linear attention) keep their own layers of
 transformers. Lengths are Python integers; the stores grow by an eighth, so appending a token copies O(1) amortised.
+The *static* form (`max_length`) allocates once, keeps its addresses and its length on the device: what CUDA graphs ask.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from ..kernels.append import append_step
 from ..kernels.common import index_tensor, starts
+from ..kernels.workspace import DecodeWorkspace
 from .plan_rtpurbo import HeadPlan
 
 SLACK = 64
@@ -68,8 +71,9 @@ class RTPurboCacheLayer(CacheLayerMixin):
     supports_early_init = False
     _stores = ("keys", "values", "index_keys", "window_keys", "window_values")
 
-    def __init__(self, plan: HeadPlan, *, window: int, num_sinks: int, index_dim: int):
+    def __init__(self, plan: HeadPlan, *, window: int, num_sinks: int, index_dim: int, max_length: int | None = None):
         super().__init__()
+        self.max_length = max_length
         self.plan = plan
         self.window = window
         self.num_sinks = num_sinks
@@ -105,7 +109,8 @@ class RTPurboCacheLayer(CacheLayerMixin):
         *,
         index_key: torch.Tensor | None = None,
         start: torch.Tensor | None = None,
-        is_decode: bool = False,
+        decode_length: torch.Tensor | None = None,
+        backend: str = "auto",
     ) -> tuple[CacheView, None]:
         """Write this forward's tokens and return what it attends to.
 
@@ -113,7 +118,9 @@ class RTPurboCacheLayer(CacheLayerMixin):
             key_states, value_states: `[B, Hkv, M, D]`, rotated.
             index_key: `[B, I, M, index_dim]`, projected and rotated; None if the plan has no index.
             start: `[B]` slot of each row's first real token, or None.
-            is_decode: the caller reads the stores themselves, not a contiguous tail.
+            decode_length: in a decode step, the slots in use after it, int32 `[1]` on the device; the caller reads the
+                stores themselves then, not a contiguous tail.
+            backend: of the kernel that writes a decode step.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -124,20 +131,12 @@ class RTPurboCacheLayer(CacheLayerMixin):
         if self.record_past:
             self._unconfirmed = min(self._unconfirmed + new, RECORDED)
         self._reserve(total, start, fresh=past == 0)
-        full = index_tensor(self.plan.full_kv, key_states.device)
-        self.keys[:, :, past:total] = key_states[:, full]
-        self.values[:, :, past:total] = value_states[:, full]
-        if index_key is not None and index_key.shape[1]:
-            self.index_keys[:, :, past:total] = index_key
         tail = {}
-        if self.plan.window_kv:
-            rows = index_tensor(self.plan.window_kv, key_states.device)
-            window_key, window_value = key_states[:, rows], value_states[:, rows]
-            if past and not is_decode:
-                tail = self._tail(window_key, window_value, start)
-            self._write_window(window_key, window_value, start, scatter=is_decode)
-            self._lost = max(self._lost, total - self.num_sinks - self.ring)
-        self.length = total
+        if decode_length is not None:
+            self._append(key_states, value_states, index_key, start, decode_length, backend)
+        else:
+            tail = self._extend(key_states, value_states, index_key, start)
+        self.advance(new)
         view = CacheView(
             q_start=past,
             length=total,
@@ -150,10 +149,49 @@ class RTPurboCacheLayer(CacheLayerMixin):
         )
         return view, None
 
+    def _append(self, key, value, index_key, start, length: torch.Tensor, backend: str) -> None:
+        append_step(
+            key,
+            value,
+            index_key if self.plan.index_key_kv else None,
+            self.keys,
+            self.values,
+            self.index_keys,
+            self.window_keys,
+            self.window_values,
+            full_slot=self.plan.full_slot,
+            window_slot=self.plan.window_slot,
+            length=length,
+            start=start,
+            num_sinks=self.num_sinks,
+            backend=backend,
+        )
+
+    def _extend(self, key, value, index_key, start) -> dict:
+        """Write a piece of the prompt; the tail that it attends to, if it is not the first one."""
+        past, total = self.length, self.length + key.shape[2]
+        full = index_tensor(self.plan.full_kv, key.device)
+        self.keys[:, :, past:total] = key[:, full]
+        self.values[:, :, past:total] = value[:, full]
+        if index_key is not None and index_key.shape[1]:
+            self.index_keys[:, :, past:total] = index_key
+        if not self.plan.window_kv:
+            return {}
+        rows = index_tensor(self.plan.window_kv, key.device)
+        window_key, window_value = key[:, rows], value[:, rows]
+        tail = self._tail(window_key, window_value, start) if past else {}
+        self._write_window(window_key, window_value, start)
+        return tail
+
     def _reserve(self, total: int, start: torch.Tensor | None, *, fresh: bool) -> None:
         capacity = self.keys.shape[2]
+        if self.max_length is not None and total > self.max_length:
+            raise ValueError(
+                f"the static cache has {self.max_length} slots and {total} are needed: generate with a larger "
+                "max_new_tokens from the start, or use the dynamic cache"
+            )
         if total > capacity:
-            wanted = total + PREFILL_MARGIN if fresh else _grown(capacity, total)
+            wanted = self.max_length or (total + PREFILL_MARGIN if fresh else _grown(capacity, total))
             for name in ("keys", "values", "index_keys"):
                 old = getattr(self, name)
                 # zeros, not garbage: unused slots are masked, but 0 * NaN would still be NaN
@@ -162,7 +200,7 @@ class RTPurboCacheLayer(CacheLayerMixin):
                 setattr(self, name, new)
         if self.plan.window_kv:
             limit = self.window + max(SLACK, self._unconfirmed)
-            held = total - self.num_sinks
+            held = (self.max_length or total) - self.num_sinks
             if self.ring < min(held, limit):
                 wanted = held + PREFILL_MARGIN if fresh else _grown(self.ring, min(held, limit))
                 self._resize_ring(min(wanted, limit), start)
@@ -183,17 +221,10 @@ class RTPurboCacheLayer(CacheLayerMixin):
                 new[:, :, sinks:] = moved
             setattr(self, name, new)
 
-    def _write_window(
-        self, key: torch.Tensor, value: torch.Tensor, start: torch.Tensor | None, *, scatter: bool
-    ) -> None:
+    def _write_window(self, key: torch.Tensor, value: torch.Tensor, start: torch.Tensor | None) -> None:
         sinks, ring, new = self.num_sinks, self.ring, key.shape[2]
         first = self.length - starts(start, key.shape[0], key.device)  # [B] logical position of the first new token
-        if scatter:
-            slots = ring_slots(first[:, None] + torch.arange(new, device=key.device), sinks, ring)[:, None, :, None]
-            self.window_keys.scatter_(2, slots.expand_as(key), key.to(self.window_keys.dtype))
-            self.window_values.scatter_(2, slots.expand_as(value), value.to(self.window_values.dtype))
-            return
-        # many tokens: ask for each slot which new token belongs there, so that padding and overwritten tokens drop out
+        # ask for each slot which new token belongs there, so that padding and overwritten tokens drop out
         last = first[:, None] + new - 1
         slots = torch.arange(sinks + ring, device=key.device)
         latest = last - (last - slots) % max(ring, 1)
@@ -265,7 +296,18 @@ class RTPurboCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         for name in self._stores:
-            setattr(self, name, function(getattr(self, name)))
+            store = getattr(self, name)
+            changed = function(store)
+            if self.max_length is not None and changed.shape == store.shape:
+                store.copy_(changed)  # captured graphs hold the addresses
+            else:
+                setattr(self, name, changed)
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that were written."""
+        self.length += tokens
+        if self.plan.window_kv:
+            self._lost = max(self._lost, self.length - self.num_sinks - self.ring)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map(lambda store: store.index_select(0, beam_idx.to(store.device)))
@@ -329,9 +371,18 @@ class RTPurboCache(Cache):
         config: the model's `RTPurboConfig`.
         plans: `{layer index: HeadPlan}` of the converted layers.
         offloading: keep all layers but the current one on the CPU (CUDA only).
+        max_length: slots of the static form; None: the cache grows.
+
+    Raises:
+        ValueError: a static cache for a base with layers of another kind, whose caches are not static.
     """
 
-    def __init__(self, config, plans: dict[int, HeadPlan], *, offloading: bool = False):
+    def __init__(self, config, plans: dict[int, HeadPlan], *, offloading: bool = False, max_length: int | None = None):
+        if max_length is not None and len(plans) < config.get_text_config(decoder=True).num_hidden_layers:
+            raise ValueError(
+                f"a static cache is not supported for {config.base_config.model_type!r}: some of its layers are not "
+                "converted. Leave cache_implementation out"
+            )
         text = config.get_text_config(decoder=True)
         layers = list(DynamicCache(config=text).layers)
         for index, plan in plans.items():
@@ -340,12 +391,65 @@ class RTPurboCache(Cache):
                 window=config.sliding_window,
                 num_sinks=config.num_sink_tokens,
                 index_dim=config.index_dim,
+                max_length=max_length,
             )
         super().__init__(layers=layers, offloading=offloading)
         self.converted = tuple(plans)
         self.start: torch.Tensor | None = None
         self.right_padded = False
         self.in_prefill = False
+        self.max_length = max_length
+        self.device_length: torch.Tensor | None = None
+        self._counted = 0  # what device_length holds
+        self.graphs: dict[int, object] = {}
+        self._workspaces: dict[tuple, DecodeWorkspace] = {}
+
+    def step_length(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """Slots in use after a decode step of `tokens` tokens, int32 `[1]` on the device, without a synchronisation."""
+        length = self.get_seq_length()
+        if self.max_length is None:
+            return torch.full((1,), length + tokens, dtype=torch.int32, device=device)
+        if self.device_length is None:
+            self.device_length = torch.full((1,), length, dtype=torch.int32, device=device)
+        elif self._counted != length:
+            self.device_length.fill_(length)
+        self._counted = length + tokens
+        return self.device_length.add_(tokens)
+
+    def workspace(self, query: torch.Tensor, plan: HeadPlan, capacity: int, block_size: int) -> DecodeWorkspace:
+        """The scratch memory of a decode step with these queries `[B, Hq, M, D]`; all layers share it."""
+        batch, heads, queries, dim = query.shape
+        key = (batch, queries, query.device)
+        held = self._workspaces.get(key)
+        if held is None or held.capacity < capacity:
+            held = self._workspaces[key] = DecodeWorkspace(
+                batch=batch,
+                retrieval_heads=max(len(self.layers[i].plan.retrieval) for i in self.converted),
+                queries=queries,
+                capacity=capacity,
+                query_heads=heads,
+                kv_heads=plan.num_kv_heads,
+                head_dim=dim,
+                block_size=block_size,
+                device=query.device,
+            )
+            held.capacity = capacity
+        return held
+
+    def before_replay(self, tokens: int) -> None:
+        """Count tokens that a captured graph is about to write to every layer."""
+        length = self.get_seq_length()
+        if self._counted != length:
+            self.device_length.fill_(length)
+        self._counted = length + tokens
+        for index in self.converted:
+            self.layers[index].advance(tokens)
+
+    def set_length(self, length: int) -> None:
+        """Forget how many tokens were counted; the stores stay as they are."""
+        self._counted = length
+        for index in self.converted:
+            self.layers[index].length = length
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         if layer_idx is None or layer_idx == 0:
@@ -362,8 +466,13 @@ class RTPurboCache(Cache):
         self.right_padded = False
 
     def _map_start(self, function) -> None:
-        if self.start is not None:
-            self.start = function(self.start)
+        if self.start is None:
+            return
+        changed = function(self.start)
+        if self.max_length is not None and changed.shape == self.start.shape:
+            self.start.copy_(changed)
+        else:
+            self.start = changed
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

@@ -31,6 +31,7 @@ from .cache_rtpurbo import RTPurboCache
 from .checkpoint_rtpurbo import CheckpointMixin
 from .configuration_rtpurbo import RTPurboConfig
 from .families_rtpurbo import attention_modules, family_of, full_attention_modules, head_counts, head_dim
+from .graph_rtpurbo import graph_for
 from .indexer_rtpurbo import RTPurboIndexer, index_rotation
 from .padding_rtpurbo import check_positions, left_padding
 from .plan_rtpurbo import HeadPlan
@@ -39,7 +40,7 @@ AttentionInterface.register(ATTENTION_NAME, rtpurbo_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, rtpurbo_mask)
 
 MODES = ("sparse", "headwise", "streaming", "dense")
-DYNAMIC_CACHES = (None, "dynamic", "offloaded")
+CACHES = (None, "dynamic", "offloaded", "static")
 
 
 class RTPurboPreTrainedModel(PreTrainedModel):
@@ -92,7 +93,13 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         Args:
             base: a causal LM of a supported family.
             **options: fields of `RTPurboConfig`.
+
+        Raises:
+            ValueError: an option that is no such field.
         """
+        unknown = sorted(set(options) - set(RTPurboConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"RTPurboConfig has no field {unknown[0]!r}; see its docstring for the fields")
         options.setdefault("base_model_name_or_path", base.config.name_or_path or None)
         config = RTPurboConfig(base_config=base.config, dtype=base.dtype, **options)
         with torch.device("meta"):
@@ -180,10 +187,10 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         finally:
             self.attention = previous
 
-    def new_cache(self, *, offloading: bool = False) -> RTPurboCache:
-        """An empty cache for the present attention mode."""
+    def new_cache(self, *, offloading: bool = False, max_length: int | None = None) -> RTPurboCache:
+        """An empty cache for the present attention mode; with `max_length` slots it is static."""
         plans = {m.layer_idx: m.rtpurbo.plans[self.attention] for m in self.converted()}
-        return RTPurboCache(self.config, plans, offloading=offloading)
+        return RTPurboCache(self.config, plans, offloading=offloading, max_length=max_length)
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
@@ -248,11 +255,50 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 f"an RTPurbo model needs its own cache, got {type(past_key_values).__name__}: leave past_key_values "
                 "out, or pass model.new_cache()"
             )
-        state = self._state(shape, attention_mask, position_ids, past_key_values)
-        state.observer, state.on_selection = observer, on_selection
-        if decode_rows is None and past_key_values is not None and past_key_values.is_recording and state.q_start == 0:
+        if past_key_values is not None and past_key_values.max_length is not None:
+            plain = set(kwargs) <= {"return_dict"} and kwargs.get("return_dict") is not False
+            asked = (labels, observer, on_selection, decode_rows)
+            if plain and self.attention == "sparse" and all(value is None for value in asked):
+                graph = graph_for(self, past_key_values, input_ids)
+                if graph is not None:
+                    return graph.step(input_ids, position_ids)
+        if decode_rows is None and past_key_values is not None and past_key_values.is_recording:
             # assisted generation appends its first drafts to the prompt: they decode, as they would one by one
-            decode_rows = logits_to_keep - 1 if isinstance(logits_to_keep, int) and logits_to_keep > 1 else None
+            drafts = logits_to_keep - 1 if isinstance(logits_to_keep, int) else 0
+            decode_rows = drafts if drafts > 0 and past_key_values.get_seq_length() == 0 else None
+        return self.attend(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decode_rows=decode_rows,
+            observer=observer,
+            on_selection=on_selection,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def attend(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: RTPurboCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decode_rows: torch.Tensor | int | None = None,
+        observer: Callable | None = None,
+        on_selection: Callable | None = None,
+        use_cache: bool = True,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """`forward` after its arguments were looked at: hand the state down and run the base model."""
+        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        state = self._state(shape, attention_mask, position_ids, cache)
+        state.observer, state.on_selection = observer, on_selection
         if decode_rows is not None:
             state.decode_rows = self._decode_rows(decode_rows, shape, attention_mask, state)
         with self._handed_down(state) as handed:
@@ -260,11 +306,9 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 input_ids=input_ids,
                 attention_mask=attention_mask if self._family.needs_padding_mask else None,
                 position_ids=self._position_ids(position_ids, shape, state),
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 inputs_embeds=inputs_embeds,
-                labels=labels,
                 use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
                 **handed,
                 **kwargs,
             )
@@ -312,10 +356,9 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 check_positions(position_ids, attention_mask)
             if cache is not None:
                 cache.start, cache.right_padded = start, right_padded
-        length = None
-        if is_decode:
-            length = torch.full((1,), q_start + shape[1], dtype=torch.int32, device=self.device)
-        slots = torch.arange(q_start, q_start + shape[1], device=self.device)
+        length = cache.step_length(shape[1], self.device) if is_decode else None
+        first = q_start if length is None else length.long() - shape[1]
+        slots = torch.arange(shape[1], device=self.device) + first
         positions = slots - starts(start, shape[0], self.device)[:, None]
         rotation = None
         if self.attention == "sparse" and self.config.index_rotary_dim:
@@ -359,16 +402,22 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         device = state.losses[0].device
         return CausalLMOutputWithPast(loss=torch.stack([loss.to(device) for loss in state.losses]).sum())
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, **kwargs
+    ):
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        implementation = generation_config.cache_implementation
-        if implementation not in DYNAMIC_CACHES:
-            raise ValueError(
-                f"cache_implementation={implementation!r} is not supported by RTPurbo models; "
-                f"use one of {DYNAMIC_CACHES}"
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, **kwargs
             )
-        cache = self.new_cache(offloading=implementation == "offloaded")
+        implementation = generation_config.cache_implementation
+        if implementation not in CACHES:
+            raise ValueError(
+                f"cache_implementation={implementation!r} is not supported by RTPurbo models; use one of {CACHES}"
+            )
+        cache = self.new_cache(
+            offloading=implementation == "offloaded",
+            max_length=max_cache_length if implementation == "static" else None,
+        )
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache

@@ -76,7 +76,7 @@ def test_greedy_equals_uncached_forward(model, batch, expected):
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "cohere2", "qwen3_next", "lfm2", "qwen3"])
 def test_greedy_equals_uncached_forward_in_other_families(family):
-    model = make(family, head_dim=8) if family in ("qwen3", "gemma3_text", "gpt_oss", "qwen3_next") else make(family)
+    model = make(family)
     ids, mask = padded_batch((9, 12))
     assert torch.equal(
         model.generate(ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False),
@@ -97,6 +97,26 @@ def test_other_modes_equal_uncached_forward(model, batch, mode):
     ids, mask = batch
     with model.attention_mode(mode):
         assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), uncached_greedy(model, ids, mask))
+
+
+def test_static_cache(model, batch, expected):
+    """Allocated once, and never moved; the same tokens."""
+    ids, mask = batch
+    output = model.generate(
+        ids, attention_mask=mask, cache_implementation="static", return_dict_in_generate=True, **GREEDY
+    )
+    assert torch.equal(output.sequences, expected)
+    cache = output.past_key_values
+    assert cache.layers[0].keys.shape[2] == cache.max_length < ids.shape[1] + NEW + 1
+
+
+def test_static_cache_with_beams(model, batch):
+    ids, mask = batch
+    options = {"num_beams": 3, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    outputs = [
+        model.generate(ids, attention_mask=mask, cache_implementation=kind, **options) for kind in (None, "static")
+    ]
+    assert torch.equal(*outputs)
 
 
 def test_use_cache_false(model, batch, expected):
@@ -349,8 +369,14 @@ def test_pipeline_streamer_and_stop_strings(byte_tokenizer):
 
 def test_refusals(model, batch):
     ids, mask = batch
-    with pytest.raises(ValueError, match="static"):
-        model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY)
+    with pytest.raises(ValueError, match="'quantized' is not supported"):
+        model.generate(ids, attention_mask=mask, cache_implementation="quantized", **GREEDY)
+    with pytest.raises(ValueError, match="static cache is not supported for 'gemma3_text'"):
+        make("gemma3_text").new_cache(max_length=100)
+    with torch.no_grad(), pytest.raises(ValueError, match="static cache has 50 slots and 51 are needed"):
+        cache = model.new_cache(max_length=50)
+        model(torch.randint(3, 97, (1, 50)), past_key_values=cache)
+        model(torch.randint(3, 97, (1, 1)), past_key_values=cache)
     with pytest.raises(ValueError, match="4-D mask"):
         model(ids, attention_mask=torch.zeros(3, 1, 41, 41))
     with pytest.raises(ValueError, match="needs its own cache, got DynamicCache"):
