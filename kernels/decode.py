@@ -15,6 +15,7 @@ import torch
 
 from .append import append_step, check_append
 from .common import HAS_TRITON, masked_softmax, row_tiles, soft_cap, starts, tl, triton, use_triton
+from .decode_ops import compiled_decode_step, set_eager_step
 from .score_select import NewTokens, Selection, check_select, launch_select, select_top_p
 from .two_phase import launch, wait_for_all
 from .workspace import DecodeWorkspace, head_table, num_processors, tile_rows
@@ -209,6 +210,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         ITEMS: tl.constexpr,
         NUM_HEADS: tl.constexpr,
+        LEAD: tl.constexpr,
         MERGE: tl.constexpr,
         SLICE: tl.constexpr,
         PARTIAL: tl.constexpr,
@@ -247,8 +249,8 @@ if HAS_TRITON:
         m_chosen = (o_item >= num_local_items) & (o_item < num_items)
         b_listed = tl.load(p_counts + o_item - num_local_items, mask=m_chosen, other=0) * BLOCK
         b_tokens = tl.where(m_local, b_tokens, b_listed)
-        # an item without keys still has its zeros to write
-        b_units = tl.where(o_item < num_items, tl.maximum(tl.cdiv(b_tokens, BLOCK_N), 1), 0)
+        # LEAD empty units stand for the time to begin an item; with them an item without keys still writes its zeros
+        b_units = tl.where(o_item < num_items, tl.cdiv(b_tokens, BLOCK_N) + LEAD, 0)
         b_ends = tl.cumsum(b_units, 0)
         num_units = tl.sum(b_units, 0)
 
@@ -332,7 +334,8 @@ if HAS_TRITON:
             b_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
             b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
             b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-            for i_step in tl.range(i_unit - item_first, stop_unit - item_first, num_stages=STAGES):
+            first_step = tl.maximum(i_unit - item_first - LEAD, 0)
+            for i_step in tl.range(first_step, stop_unit - item_first - LEAD, num_stages=STAGES):
                 o_token = i_step * BLOCK_N + o_n
                 m_token = o_token < item_tokens
                 b_block = tl.load(p_list + o_token // BLOCK, mask=o_token < listed_tokens, other=0)
@@ -456,7 +459,7 @@ if HAS_TRITON:
 
 
 # by capability: CTAs a multiprocessor holds, keys of a tile for 128 dimensions, warps, pipeline stages
-_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 64, "warps": 4, "stages": 5, "registers": 255}
+_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 64, "warps": 4, "stages": 5, "registers": 255, "lead": 2}
 
 
 def _layer_tables(
@@ -649,6 +652,7 @@ def decode_attention(
         "BLOCK": block_size,
         "ITEMS": triton.next_power_of_2(max(num_items, 2)),
         "NUM_HEADS": num_heads,
+        "LEAD": _ATTEND_CONFIG["lead"],
         "MERGE": 128 if on_gpu else 4,
         "SLICE": min(32, block_d),
         "HAS_START": start is not None,
@@ -709,6 +713,37 @@ def decode_step(
     Raises:
         ValueError: shapes that do not fit, or a workspace that is too small.
     """
+    if torch.compiler.is_compiling():
+        return compiled_decode_step(
+            query,
+            key,
+            value,
+            index_query,
+            index_key_new,
+            full_key,
+            full_value,
+            index_key,
+            window_key,
+            window_value,
+            retrieval_heads=retrieval_heads,
+            index_heads=index_heads,
+            full_slot=full_slot,
+            window_slot=window_slot,
+            length=length,
+            start=start,
+            top_p=top_p,
+            min_tokens=min_tokens,
+            block_size=block_size,
+            window=window,
+            num_sinks=num_sinks,
+            scale=scale,
+            out=out,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            index_scale=index_scale,
+            workspace=workspace,
+            backend=backend,
+        )
     selection = None
     if retrieval_heads and top_p < 1.0 and use_triton(backend, query):
         if index_query is None or index_key_new is None:
@@ -792,3 +827,6 @@ def decode_step(
         workspace=workspace,
         backend=backend,
     )
+
+
+set_eager_step(decode_step)

@@ -8,6 +8,7 @@ Not for prefill, where the rows are many and share tiles of keys.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -111,6 +112,49 @@ def select_top_p_reference(
     return Selection(indices.scatter_(-1, target, numbers)[..., :blocks], counts)
 
 
+@lru_cache(maxsize=8)
+def _count_assembly(threads: int, elements: int, bins: int) -> str:
+    """PTX that counts the `elements` bins each of `threads` threads holds, by atomics in shared memory.
+
+    Inputs: the bins, then whether each counts. Outputs: the first `bins / threads` of each thread are the counts of
+    bins thread, thread + threads, ..., the others 0; then the numbers of those bins, -1 for the others.
+    """
+    own = bins // threads
+    lines = [
+        "{",
+        f".shared .align 4 .b32 counts[{bins}];",
+        ".reg .pred use;",
+        ".reg .b32 place, base, mine, value;",
+        "mov.u32 mine, %tid.x;",
+        "mov.u32 base, counts;",
+        "shl.b32 place, mine, 2;",
+        "add.u32 place, place, base;",
+    ]
+    lines += [f"st.shared.b32 [place + {4 * threads * i}], 0;" for i in range(own)]
+    lines += ["bar.sync 0;"]
+    for i in range(elements):
+        lines += [
+            f"setp.ne.s32 use, ${3 * elements + i}, 0;",
+            f"shl.b32 value, ${2 * elements + i}, 2;",
+            "add.u32 value, value, base;",
+            "@use red.shared.add.u32 [value], 1;",
+        ]
+    lines += ["bar.sync 0;"]
+    for i in range(elements):
+        if i < own:
+            lines += [f"ld.shared.b32 ${i}, [place + {4 * threads * i}];"]
+            lines += [f"add.u32 ${elements + i}, mine, {threads * i};"]
+        else:
+            lines += [f"mov.b32 ${i}, 0;", f"mov.b32 ${elements + i}, -1;"]
+    lines += ["bar.sync 0;", "}"]
+    return "\n".join(lines)
+
+
+@lru_cache(maxsize=8)
+def _count_constraints(elements: int) -> str:
+    return ",".join(["=&r"] * (2 * elements) + ["r"] * (2 * elements))
+
+
 if HAS_TRITON:
 
     @triton.jit
@@ -148,6 +192,9 @@ if HAS_TRITON:
         INT8: tl.constexpr,
         CONTIGUOUS: tl.constexpr,
         STAGES: tl.constexpr,
+        COUNTING: tl.constexpr,
+        CONSTRAINTS: tl.constexpr,
+        ELEMENTS: tl.constexpr,
     ):
         """Score tiles `first..last` of one query row; leave their codes, tile maxima and one histogram behind.
 
@@ -165,7 +212,8 @@ if HAS_TRITON:
         o_row = tl.arange(0, ROWS)
         o_lane = tl.arange(0, LANES)
         o_k = tl.arange(0, LANES * PADDED)
-        o_bin = tl.arange(0, BINS)
+        o_all = tl.arange(0, BINS)
+        o_bin = o_all
         # [LANES * PADDED, LANES]
         b_query = _query_matrix(p_query, HEAD, PADDED, LANES)
         factor = LOG2E
@@ -186,7 +234,11 @@ if HAS_TRITON:
         else:
             o_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) * stride_kn + (o_k % PADDED)[None, :]
         o_token = o_row[:, None] * LANES + o_lane[None, :]
-        b_histogram = tl.zeros([BINS], dtype=tl.int32)
+        if COUNTING == "":
+            b_histogram = tl.zeros([BINS], dtype=tl.int32)
+        else:
+            b_histogram = tl.zeros([ROWS, LANES], dtype=tl.int32)
+            o_bin = tl.full([ROWS, LANES], -1, dtype=tl.int32)
         peak = tl.full((), FLOOR, tl.int32)
         if INT8:
             b_next = tl.load(
@@ -243,16 +295,33 @@ if HAS_TRITON:
             b_histogram = tl.where(new_peak - ((new_peak - o_bin) & (BINS - 1)) > peak, 0, b_histogram)
             peak = new_peak
             m_count = m_unit & (b_step > peak - (BINS - 1))
-            if BLOCK == 1:
+            if COUNTING != "":
+                b_new, o_bin = tl.inline_asm_elementwise(
+                    COUNTING,
+                    CONSTRAINTS,
+                    [b_step & (BINS - 1), m_count.to(tl.int32)],
+                    dtype=(tl.int32, tl.int32),
+                    is_pure=False,
+                    pack=ELEMENTS,
+                )
+                b_histogram += b_new
+            elif BLOCK == 1:
                 b_bin = tl.reshape(b_step & (BINS - 1), [TILE])
-                m_bin = tl.reshape(m_count, [TILE])
-                b_histogram += tl.histogram(b_bin, BINS, mask=m_bin)
+                b_histogram += tl.histogram(b_bin, BINS, mask=tl.reshape(m_count, [TILE]))
             else:
                 b_histogram += tl.histogram(b_step & (BINS - 1), BINS, mask=m_count)
         b_place = peak - ((peak - o_bin) & (BINS - 1))
         m_place = (b_histogram > 0) & (b_place > peak - (BINS - 1))
         tl.atomic_add(p_histogram + HALF + b_place, b_histogram, mask=m_place, sem="relaxed")
-        tl.store(p_sums + o_bin, tl.cumsum(b_histogram, 0))
+        if COUNTING != "":
+            # scattered over the tile: bring the bins into order through memory
+            tl.store(p_sums + o_all, tl.zeros([BINS], dtype=tl.int32))
+            tl.debug_barrier()
+            tl.store(p_sums + o_bin, b_histogram, mask=o_bin >= 0)
+            tl.debug_barrier()
+            b_histogram = tl.load(p_sums + o_all)
+            tl.debug_barrier()
+        tl.store(p_sums + o_all, tl.cumsum(b_histogram, 0))
         tl.store(p_peak, peak)
 
     @triton.jit
@@ -443,6 +512,9 @@ if HAS_TRITON:
         SCORE: tl.constexpr,
         COMPACT: tl.constexpr,
         STAGES: tl.constexpr,
+        COUNTING: tl.constexpr,
+        CONSTRAINTS: tl.constexpr,
+        ELEMENTS: tl.constexpr,
         APPEND: tl.constexpr,
         HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr,
@@ -565,6 +637,9 @@ if HAS_TRITON:
                 INT8,
                 CONTIGUOUS,
                 STAGES,
+                COUNTING,
+                CONSTRAINTS,
+                ELEMENTS,
             )
         if SCORE and COMPACT:
             if num_splits > 1:
@@ -785,6 +860,10 @@ def launch_select(
         )
         return selection
     units = tile // block_size
+    threads = 32 * _SCORE_CONFIG["warps"]
+    elements = max(tile // threads, 1)
+    # a layout of the scores without copies is what the counting by hand needs: the one of a 64-row dot has it
+    assembly = on_gpu and block_size == 1 and tile_rows >= 16 * _SCORE_CONFIG["warps"] and _SCORE_CONFIG["assembly"]
     scale = index_key if index_scale is None else index_scale
     # without an append the rest of the arguments is never read
     key = value = new_index = full_key = full_value = window_key = window_value = index_key
@@ -862,6 +941,9 @@ def launch_select(
         "CONTIGUOUS": index_key.stride(2) == head == padded,
         "HAS_START": start is not None,
         "STAGES": _SCORE_CONFIG["stages"],
+        "COUNTING": _count_assembly(threads, elements, HISTOGRAM_BINS) if assembly else "",
+        "CONSTRAINTS": _count_constraints(elements) if assembly else "",
+        "ELEMENTS": elements,
         "APPEND": new_tokens is not None,
         "HEAD_DIM": key.shape[3],
         "BLOCK_D": triton.next_power_of_2(key.shape[3]),

@@ -87,7 +87,20 @@ class DecodeWorkspace:
         """Every tensor, in the order of `BUFFERS`."""
         return [getattr(self, name) for name in BUFFERS]
 
+    def sizes(self) -> list[int]:
+        """The numbers that are no tensor's size, in the order of `SIZES`."""
+        return [getattr(self, name) for name in SIZES]
 
+    @classmethod
+    def from_buffers(cls, buffers: list[torch.Tensor], sizes: list[int]) -> DecodeWorkspace:
+        """The workspace that `buffers()` and `sizes()` describe; it shares the memory."""
+        workspace = cls.__new__(cls)
+        for name, value in zip((*BUFFERS, *SIZES), (*buffers, *sizes), strict=True):
+            setattr(workspace, name, value)
+        return workspace
+
+
+SIZES = ("ctas", "rows", "items", "tile_rows", "head_dim", "tiles")
 BUFFERS = (
     "indices",
     "counts",

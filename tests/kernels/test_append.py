@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decode_case import Case
+
 from rtpurbo_hf.kernels.append import append_step, append_step_reference, quantize_index
 
 CASES = {
@@ -85,6 +86,6 @@ def test_bad_input_is_named() -> None:
     key, value, index = case.step_inputs(8, 9)
     with pytest.raises(ValueError, match="does not fit the index store"):
         append_step(key, value, index[..., :5], *case.stores(), **common)
+    full_key, *others = case.stores()
     with pytest.raises(ValueError, match=r"full_key must be \[B, heads, slots, 16\]"):
-        full_key, *others = case.stores()
         append_step(key, value, index, full_key[..., :8], *others, **common)

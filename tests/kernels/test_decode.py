@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decode_case import Case, relative_error
+
 from rtpurbo_hf.kernels.decode import decode_attention, decode_attention_reference, decode_step
 from rtpurbo_hf.kernels.score_select import Selection, select_top_p, select_top_p_reference
 from rtpurbo_hf.kernels.workspace import DecodeWorkspace
@@ -116,8 +117,8 @@ def test_workspace_serves_layers_in_turn() -> None:
         arguments["out"] = case.empty_output()
         out = decode_attention(case.query, *stores(case), selection, backend="triton", workspace=workspace, **arguments)
         assert relative_error(out, expected) < 1e-5, retrieval_heads
+    case = Case(20, batch=9)
     with pytest.raises(ValueError, match="the workspace is for"):
-        case = Case(20, batch=9)
         decode_attention(
             case.query,
             *stores(case),
@@ -133,11 +134,11 @@ def test_bad_input_is_named() -> None:
     case.fill()
     with pytest.raises(ValueError, match="need a selection"):
         decode_attention(case.query, *stores(case), None, **case.attend_arguments())
+    arguments = case.attend_arguments(out=case.query)
     with pytest.raises(ValueError, match="out must be"):
-        arguments = case.attend_arguments(out=case.query)
         decode_attention(case.query, *stores(case), select(case), **arguments)
+    arguments = case.attend_arguments(full_slot=(0, 1))
     with pytest.raises(ValueError, match="query must be"):
-        arguments = case.attend_arguments(full_slot=(0, 1))
         decode_attention(case.query, *stores(case), select(case), **arguments)
 
 
@@ -195,3 +196,32 @@ def test_decode_step_is_its_three_operations(case: dict, top_p: float) -> None:
         arguments = ours.attend_arguments()
         expected = decode_attention_reference(ours.query, *stores(ours), selection, **arguments)
         assert relative_error(results[0], expected) < 1e-5
+
+
+def test_decode_step_under_torch_compile() -> None:
+    case = Case(60, q_len=2, batch=2, padding=(5, 0))
+    workspace = DecodeWorkspace(
+        batch=2,
+        retrieval_heads=2,
+        queries=2,
+        capacity=67,
+        query_heads=6,
+        kv_heads=3,
+        head_dim=16,
+        block_size=1,
+        device="cpu",
+    )
+    case.fill(until=58, step=2)
+    inputs = case.step_inputs(58, 60)
+    arguments = case.attend_arguments() | case.select_arguments()
+    arguments |= {"backend": "reference", "workspace": workspace}
+
+    def step(query: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        given = (query * 1.0, *inputs[:2], case.index_query, inputs[2], *case.stores())
+        return decode_step(*given, **(arguments | {"out": out})) + 0.0
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(case.query, case.empty_output())
+    assert torch.equal(case.full_key[:, :, 58:60], case.key[:, [0, 1], 58:60])
+    expected = case.oracle()
+    real = case.real_rows()
+    assert relative_error(compiled[real], expected[real]) < 1e-5
