@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from .export_rtpurbo import AUTO_MAP, code_files, export_code
@@ -24,7 +24,7 @@ from .integrity_rtpurbo import (
     load_indexer_file,
     shard_files,
 )
-from .push_rtpurbo import commit_to_hub, is_hub_id, is_weight_file, require_hub_base
+from .push_rtpurbo import commit_to_hub, is_hub_id, is_weight_file, portable_config, require_hub_base
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -76,7 +76,7 @@ class CheckpointMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         if file is not None:
             cls._check_base(name, own, config)
-            model, info = cls._from_adapter(name, file, *args, config=config, **kwargs)
+            model, info = cls._from_adapter(name, file, *args, config=config, hub=hub, **kwargs)
         else:
             model, info = cls._load_checked(name, *args, config=config, **kwargs)
             check_indexers(model.indexer_state_dict(), name)
@@ -96,15 +96,22 @@ class CheckpointMixin:
             )
 
     @classmethod
-    def _from_adapter(cls, name, file, *args, config, **kwargs):
-        # these name the adapter's repository, not the base's; adapter_kwargs stay, they belong to a LoRA on top
+    def _from_adapter(cls, name, file, *args, config, hub, **kwargs):
+        # these name the adapter's repository, not the base's
         for key in ("revision", "subfolder", "_commit_hash"):
             kwargs.pop(key, None)
+        if lora := kwargs.get("adapter_kwargs"):
+            own = "_adapter_model_path" not in lora  # else they belong to a LoRA on top
+            kwargs["adapter_kwargs"] = {
+                key: value for key, value in lora.items() if not (own and key in ("revision", "_commit_hash"))
+            }
         config._commit_hash = None
         base, revision = config.base_model_name_or_path, config.base_model_revision or "main"
         with cls._indexers_may_be_missing():
             model, info = cls._load_checked(base, *args, config=config, revision=revision, **kwargs)
         model.load_indexers(file)
+        with contextlib.suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model.config._name_or_path = model.name_or_path = str(name)
         return model, info
 
@@ -257,6 +264,7 @@ class CheckpointMixin:
             require_hub_base(self.config)
         written = {*code_files(), "config.json", "generation_config.json"}
         files = {p.name: p for p in folder.iterdir() if p.name in written or is_weight_file(p.name)}
+        files["config.json"] = portable_config(files["config.json"].read_text(encoding="utf-8"))
         base = self.config.base_model_name_or_path
         card_data = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rtpurbo"]}
         if is_hub_id(base):

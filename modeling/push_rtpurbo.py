@@ -5,6 +5,7 @@ The only file of the remote code that reaches the network, and only when `push_t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,17 @@ def require_hub_base(config) -> None:
             "config.base_model_name_or_path to a Hub id 'owner/name' (and base_model_revision to its commit), or push "
             "full weights with adapter_only=False"
         )
+
+
+def portable_config(text: str) -> bytes:
+    """A stored config without the paths of this machine that it may name as its base."""
+    values = json.loads(text)
+    if not is_hub_id(values.get("base_model_name_or_path")):
+        values["base_model_name_or_path"] = values["base_model_revision"] = None
+    base = values.get("base_config") or {}
+    if not is_hub_id(base.get("_name_or_path")):
+        base.pop("_name_or_path", None)
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def commit_to_hub(

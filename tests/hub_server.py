@@ -55,8 +55,6 @@ class Store:
             (root / kind).mkdir(parents=True, exist_ok=True)
 
     def create(self, repo: str, *, private: bool) -> None:
-        if repo in self.repositories:
-            raise HubError(409, "You already created this model repo")
         self.repositories[repo] = Repository(private)
         attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
         self.commit(repo, "refs/heads/main", {".gitattributes": self.add_blob(attributes)}, "initial commit")
@@ -115,17 +113,22 @@ class Store:
 
 
 class HubServer:
-    """The server; use as a context manager. `url` is what HF_ENDPOINT takes, `log` holds (method, path, user)."""
+    """The server; use as a context manager. `url` is what HF_ENDPOINT takes, `log` holds (method, path, user).
+
+    The storage refuses large files of the repositories in `closed`.
+    """
 
     def __init__(self, root: Path):
         self.store = Store(root)
         self.lock = threading.Lock()
         self.log: list[tuple[str, str, str | None]] = []
-        self.refuse_uploads = False
+        self.closed: set[str] = set()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
+        # another name, as the real one has: the client follows redirects within one host by itself
+        self.cdn = f"http://localhost:{self._http.server_port}/cdn"
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
@@ -214,11 +217,15 @@ def _create(self: _Handler) -> None:
     wanted = self.json()
     owner = wanted.get("organization") or self.user
     repo = f"{owner}/{wanted['name']}"
-    if owner != self.user and repo not in self.hub.store.repositories:
+    url = f"{self.hub.url}/{repo}"
+    if repo in self.hub.store.repositories:
+        self.answer({"error": "You already created this model repo", "url": url}, status=409)
+        return
+    if owner != self.user:
         raise HubError(403, f"You don't have the rights to create a model under the namespace {owner!r}")
     private = wanted.get("private") or wanted.get("visibility") == "private"
     self.hub.store.create(repo, private=bool(private))
-    self.answer({"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo})
+    self.answer({"url": url, "name": repo, "id": repo})
 
 
 def _info(self: _Handler, owner: str, name: str, revision: str = "main") -> None:
@@ -309,7 +316,9 @@ def _batch(self: _Handler, owner: str, name: str) -> None:
     objects = []
     for item in self.json()["objects"]:
         answer: dict[str, Any] = {"oid": item["oid"], "size": item["size"]}
-        if not (self.hub.store.root / "lfs" / item["oid"]).is_file():
+        if f"{owner}/{name}" in self.hub.closed:
+            answer["error"] = {"code": 507, "message": "storage is full"}
+        elif not (self.hub.store.root / "lfs" / item["oid"]).is_file():
             href = f"{self.hub.url}/storage/{item['oid']}"
             answer["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
         objects.append(answer)
@@ -317,8 +326,6 @@ def _batch(self: _Handler, owner: str, name: str) -> None:
 
 
 def _store(self: _Handler, oid: str) -> None:
-    if self.hub.refuse_uploads:
-        raise HubError(403, "storage is closed")
     if hashlib.sha256(self.body).hexdigest() != oid:
         raise HubError(400, "the content does not have this digest")
     (self.hub.store.root / "lfs" / oid).write_bytes(self.body)
@@ -400,7 +407,7 @@ def _resolve(self: _Handler, owner: str, name: str, revision: str, path: str) ->
     if "lfs" in entry:
         large = entry["lfs"]
         headers |= {"X-Linked-Etag": f'"{large["oid"]}"', "X-Linked-Size": str(large["size"])}
-        self.answer(b"", status=302, headers={**headers, "Location": f"{self.hub.url}/cdn/{large['oid']}"})
+        self.answer(b"", status=302, headers={**headers, "Location": f"{self.hub.cdn}/{large['oid']}"})
         return
     self.answer(self.hub.store.content(entry), headers={**headers, "ETag": f'"{entry["oid"]}"'})
 
