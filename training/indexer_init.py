@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 METHODS = ("svd", "random")
 _ROTARY_STD = 0.02
 _EIGENVALUE_FLOOR = 1e-6
+_RANK_FLOOR = 1e-12
 _BUDGET = 1 << 24
 
 
@@ -127,7 +128,9 @@ class _Statistics:
 def _root(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`C^{1/2}` and `C^{-1/2}` of symmetric `[.., D, D]`; eigenvalues floored at 1e-6 of the largest."""
     values, vectors = torch.linalg.eigh(moment)
-    values = torch.maximum(values, values[..., -1:] * _EIGENVALUE_FLOOR).clamp_min(torch.finfo(values.dtype).tiny)
+    largest = values[..., -1:]
+    # a head that is dead altogether has nothing to whiten
+    values = torch.where(largest > 0, torch.maximum(values, largest * _EIGENVALUE_FLOOR), 1.0)
     root = values.sqrt()[..., None, :]
     return vectors * root @ vectors.transpose(-1, -2), vectors / root @ vectors.transpose(-1, -2)
 
@@ -149,7 +152,7 @@ def svd_projections(
     values, basis = values[:rank], basis[:rank]
     root = (scale * values).sqrt()[:, None]
     # S_r^{-1} V_r^T A_h^T is U_r^T when there is one head
-    inverse = 1 / values.clamp_min(torch.finfo(values.dtype).tiny)[:, None]
+    inverse = torch.where(values > _RANK_FLOOR * values[:1], 1 / values, 0.0)[:, None]
     left = inverse * (basis @ matrices.transpose(-1, -2))
     return root * left @ query_whitened, root * basis @ key_whitened
 
