@@ -74,6 +74,7 @@ class ForwardState:
     q_start: int
     start: torch.Tensor | None
     is_decode: bool
+    is_dense: bool
     positions: torch.Tensor
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     length: torch.Tensor | None = None
@@ -149,7 +150,9 @@ def rtpurbo_attention(
     state = rtpurbo_state
     device = query.device
     positions = state.positions.to(device)
-    plan = layer.plans[state.mode]
+    plan = routed = layer.plans[state.mode]
+    if state.is_dense:
+        plan = routed.whole
     if state.observer is not None:
         inputs = AttentionInputs(
             layer.layer_idx, layer.plans["sparse"], getattr(module, "indexer", None), query_pre, key_pre, query, key,
@@ -160,7 +163,7 @@ def rtpurbo_attention(
         if loss is not None:
             state.losses.append(loss)
     index_query = index_key = None
-    if plan.indexed and plan.retrieval:
+    if routed.indexed and routed.retrieval and (cache is not None or not state.is_dense):
         # 16 bits are enough to route, and make tokens that tie in exact arithmetic tie in every batch shape
         dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
         rotation = None if state.rotation is None else tuple(part.to(device) for part in state.rotation)
@@ -176,6 +179,7 @@ def rtpurbo_attention(
             index_key=index_key,
             start=state.start,
             decode_length=None if state.length is None else state.length.to(device),
+            dense=state.is_dense,
             backend=layer.config.attention_backend,
         )
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])

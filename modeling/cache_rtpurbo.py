@@ -9,6 +9,7 @@ Per converted layer there are three stores:
 
 Layers of the base model that are not converted (native sliding windows, linear attention) keep their own layers of
 transformers. Lengths are Python integers; the stores grow by an eighth, so appending a token copies O(1) amortised.
+While a context is shorter than `dense_below`, the full store holds all KV heads; it is split up once it is longer.
 The *static* form (`max_length`) allocates once, keeps its addresses and its length on the device: what CUDA graphs ask.
 """
 
@@ -75,6 +76,8 @@ class RTPurboCacheLayer(CacheLayerMixin):
         super().__init__()
         self.max_length = max_length
         self.plan = plan
+        # what the stores hold now: the plan's split, or every KV head whole
+        self.held = plan
         self.window = window
         self.num_sinks = num_sinks
         self.index_dim = index_dim
@@ -93,12 +96,12 @@ class RTPurboCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, dim = key_states.shape[0], key_states.shape[3]
-        self.keys = key_states.new_empty(batch, len(self.plan.full_kv), 0, dim)
-        self.values = value_states.new_empty(batch, len(self.plan.full_kv), 0, value_states.shape[3])
+        self.keys = key_states.new_empty(batch, len(self.held.full_kv), 0, dim)
+        self.values = value_states.new_empty(batch, len(self.held.full_kv), 0, value_states.shape[3])
         self.index_keys = key_states.new_empty(batch, len(self.plan.index_key_kv), 0, self.index_dim)
-        self.window_keys = key_states.new_zeros(batch, len(self.plan.window_kv), self.num_sinks, dim)
+        self.window_keys = key_states.new_zeros(batch, len(self.held.window_kv), self.num_sinks, dim)
         self.window_values = value_states.new_zeros(
-            batch, len(self.plan.window_kv), self.num_sinks, value_states.shape[3]
+            batch, len(self.held.window_kv), self.num_sinks, value_states.shape[3]
         )
         self.is_initialized = True
 
@@ -110,6 +113,7 @@ class RTPurboCacheLayer(CacheLayerMixin):
         index_key: torch.Tensor | None = None,
         start: torch.Tensor | None = None,
         decode_length: torch.Tensor | None = None,
+        dense: bool = False,
         backend: str = "auto",
     ) -> tuple[CacheView, None]:
         """Write this forward's tokens and return what it attends to.
@@ -120,8 +124,15 @@ class RTPurboCacheLayer(CacheLayerMixin):
             start: `[B]` slot of each row's first real token, or None.
             decode_length: in a decode step, the slots in use after it, int32 `[1]` on the device; the caller reads the
                 stores themselves then, not a contiguous tail.
+            dense: the context is still below `dense_below`: keep every KV head whole.
             backend: of the kernel that writes a decode step.
         """
+        if dense and self.length == 0:
+            self.reset()
+            self.is_initialized = False
+            self.held = self.plan.whole
+        elif not dense and self.held is not self.plan:
+            self._leave_dense(start)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             if index_key is not None:
@@ -159,8 +170,8 @@ class RTPurboCacheLayer(CacheLayerMixin):
             self.index_keys,
             self.window_keys,
             self.window_values,
-            full_slot=self.plan.full_slot,
-            window_slot=self.plan.window_slot,
+            full_slot=self.held.full_slot,
+            window_slot=self.held.window_slot,
             length=length,
             start=start,
             num_sinks=self.num_sinks,
@@ -170,18 +181,34 @@ class RTPurboCacheLayer(CacheLayerMixin):
     def _extend(self, key, value, index_key, start) -> dict:
         """Write a piece of the prompt; the tail that it attends to, if it is not the first one."""
         past, total = self.length, self.length + key.shape[2]
-        full = index_tensor(self.plan.full_kv, key.device)
+        full = index_tensor(self.held.full_kv, key.device)
         self.keys[:, :, past:total] = key[:, full]
         self.values[:, :, past:total] = value[:, full]
         if index_key is not None and index_key.shape[1]:
             self.index_keys[:, :, past:total] = index_key
-        if not self.plan.window_kv:
+        if not self.held.window_kv:
             return {}
-        rows = index_tensor(self.plan.window_kv, key.device)
+        rows = index_tensor(self.held.window_kv, key.device)
         window_key, window_value = key[:, rows], value[:, rows]
         tail = self._tail(window_key, window_value, start) if past else {}
         self._write_window(window_key, window_value, start)
         return tail
+
+    def _leave_dense(self, start: torch.Tensor | None) -> None:
+        """Split the full store of all KV heads into the plan's full and window stores."""
+        length, self.held = self.length, self.plan
+        full, rows = (index_tensor(heads, self.keys.device) for heads in (self.plan.full_kv, self.plan.window_kv))
+        window_key, window_value = self.keys[:, rows, :length], self.values[:, rows, :length]
+        self.keys, self.values = self.keys[:, full].contiguous(), self.values[:, full].contiguous()
+        shape = (*window_key.shape[:2], self.num_sinks)
+        self.window_keys = window_key.new_zeros(*shape, window_key.shape[3])
+        self.window_values = window_value.new_zeros(*shape, window_value.shape[3])
+        if self.plan.window_kv and length:
+            self.length = 0
+            self._reserve(length, start, fresh=True)
+            self._write_window(window_key, window_value, start)
+        self.length = length
+        self.advance(0)
 
     def _reserve(self, total: int, start: torch.Tensor | None, *, fresh: bool) -> None:
         capacity = self.keys.shape[2]
@@ -198,7 +225,7 @@ class RTPurboCacheLayer(CacheLayerMixin):
                 new = old.new_zeros(*old.shape[:2], wanted, old.shape[3])
                 new[:, :, : self.length] = old[:, :, : self.length]
                 setattr(self, name, new)
-        if self.plan.window_kv:
+        if self.held.window_kv:
             limit = self.window + max(SLACK, self._unconfirmed)
             held = (self.max_length or total) - self.num_sinks
             if self.ring < min(held, limit):
@@ -306,7 +333,7 @@ class RTPurboCacheLayer(CacheLayerMixin):
     def advance(self, tokens: int) -> None:
         """Count tokens that were written."""
         self.length += tokens
-        if self.plan.window_kv:
+        if self.held.window_kv:
             self._lost = max(self._lost, self.length - self.num_sinks - self.ring)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

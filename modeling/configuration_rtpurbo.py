@@ -62,6 +62,8 @@ class RTPurboConfig(PreTrainedConfig):
         retrieval_prefill: `"dense"`, retrieval heads attend to everything at prefill (the paper); `"sparse"`, each
             prefill row attends to its own top-p set, as decode does.
         decode_max_queries: a forward on a non-empty cache with at most this many tokens is a decode step.
+        dense_below: a forward whose cached and new tokens are fewer than this attends as the base model does; the cache
+            keeps everything until then. 0: never.
         attention_backend: `"auto"`, `"triton"` or `"reference"`.
         format_version: version of this format.
 
@@ -87,6 +89,7 @@ class RTPurboConfig(PreTrainedConfig):
     num_sink_tokens: int = 4
     retrieval_prefill: str = "dense"
     decode_max_queries: int = 16
+    dense_below: int = 0
     attention_backend: str = "auto"
     format_version: int = FORMAT_VERSION
 
@@ -141,6 +144,7 @@ class RTPurboConfig(PreTrainedConfig):
             ("sliding_window", 1, MAX_POSITIONS),
             ("num_sink_tokens", 0, 1024),
             ("decode_max_queries", 1, 1024),
+            ("dense_below", 0, MAX_POSITIONS),
         ):
             value = getattr(self, name)
             _require(

@@ -59,6 +59,8 @@ def graph_for(model, cache, input_ids: torch.Tensor | None) -> DecodeGraph | Non
     length = cache.get_seq_length()
     if length == 0 or cache.in_prefill or cache.right_padded or length + 1 > cache.max_length:
         return None
+    if length + 1 < model.config.dense_below:
+        return None
     if model.config.index_top_p >= 1.0 or model.config.attention_backend == "reference":
         return None
     batch = input_ids.shape[0]

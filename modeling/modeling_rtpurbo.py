@@ -364,7 +364,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         if self.attention == "sparse" and self.config.index_rotary_dim:
             waves = tuple(self.config.index_rotary_wavelengths)
             rotation = index_rotation(positions, waves, self.config.index_rotary_dim)
-        return ForwardState(self.attention, q_start, start, is_decode, positions, rotation, length)
+        is_dense = self.attention == "sparse" and q_start + shape[1] < self.config.dense_below
+        return ForwardState(self.attention, q_start, start, is_decode, is_dense, positions, rotation, length)
 
     @staticmethod
     def _decode_rows(decode_rows, shape, attention_mask, state: ForwardState) -> DecodeRows | None:

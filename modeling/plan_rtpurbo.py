@@ -28,6 +28,11 @@ class HeadPlan:
         return head * self.num_kv_heads // self.num_heads
 
     @cached_property
+    def whole(self) -> HeadPlan:
+        """The plan of the dense base: every head sees everything."""
+        return HeadPlan(self.num_heads, self.num_kv_heads, tuple(range(self.num_heads)), False)
+
+    @cached_property
     def local(self) -> tuple[int, ...]:
         return tuple(h for h in range(self.num_heads) if h not in self.retrieval)
 

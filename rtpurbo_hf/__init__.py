@@ -20,7 +20,7 @@ _PUBLIC = {
     "Calibration": "training.calibration",
     "initialise_indexers": "training.indexer_init",
     "IndexerTrainer": "training.indexer_trainer",
-    "IndexerTrainingArguments": "training.indexer_trainer",
+    "IndexerTrainingArguments": "training.indexer_arguments",
     "compare_modes": "evaluation.fidelity",
     "checkpoint_info": "info",
 }

@@ -22,10 +22,12 @@ from .evaluation.fidelity import compare_modes
 from .presets import Preset
 from .report import write_report
 from .sources import BaseModel, load_base
-from .training.calibration import Calibration, calibrate, plot_heads
+from .training.calibration import Calibration, calibrate
 from .training.data import EVALUATION_KEYS, NeedleMixer, TokenBlocks, load_texts, pack_documents, split_documents
+from .training.indexer_arguments import IndexerTrainingArguments
 from .training.indexer_init import initialise_indexers
-from .training.indexer_trainer import IndexerTrainer, IndexerTrainingArguments, plot_losses
+from .training.indexer_trainer import IndexerTrainer
+from .training.plots import plot_heads, plot_losses
 
 logger = logging.getLogger(__name__)
 
@@ -159,36 +161,16 @@ def adapt(
     with clock("load"):
         source = base if isinstance(base, BaseModel) else load_base(base, dtype=dtype, device=device)
     _claim(output, source, settings, seed, data)
-    model = RTPurboForCausalLM.from_base(
-        source.model,
-        base_model_name_or_path=source.path,
-        base_model_revision=source.revision if source.path == source.upstream else None,
-        sliding_window=settings.sliding_window,
-        num_sink_tokens=settings.num_sink_tokens,
-        index_dim=settings.index_dim,
-        index_rotary_dim=settings.index_rotary_dim,
-        index_rotary_wavelengths=settings.index_rotary_wavelengths(),
-        index_top_p=settings.index_top_p,
-        index_min_tokens=settings.index_min_tokens,
-        index_block_size=settings.index_block_size,
-        index_key_sharing=settings.index_key_sharing,
-    )
+    model = wrap(source, settings)
     with clock("data"):
         blocks = _data(data, source.tokenizer, settings, seed)
     with clock("calibrate"):
-        calibration = _calibration(output, model, source, blocks, settings, seed)
-        model.set_retrieval_heads(calibration.retrieval_heads)
-    with clock("initialise"):
-        documents = [block["input_ids"] for block in blocks.calibration]
-        initialise_indexers(model, documents, method=settings.initialisation, seed=seed)
+        calibration = _calibration(output, model, blocks, settings, seed)
     with clock("train"):
-        trainer = _train(output, model, blocks, settings, seed, report_to)
-    adapter = output / "adapter"
+        trainer = _stage1(output, model, calibration, blocks, settings, seed, report_to)
+        stage1 = trainer.evaluate()
     with clock("save and reload"):
-        model.eval()
-        model.save_pretrained(adapter, adapter_only=True)
-        source.tokenizer.save_pretrained(adapter)
-        calibration.save(adapter / CALIBRATION_FILE)
+        adapter = _save(output, model, source, calibration)
         check_in_clean_process(adapter, model, blocks.held_out.input_ids[0, :64].tolist())
         model = RTPurboForCausalLM.from_pretrained(adapter, dtype=dtype).to(device).eval()
     with clock("evaluate"):
@@ -215,7 +197,7 @@ def adapt(
         "kv_bytes_dense": kv_bytes_dense,
         "rows": sparse.rows,
         "questions": sparse.questions,
-        "stage1": _last_metrics(trainer),
+        "stage1": stage1,
         "seed": seed,
         "seconds": clock.total(),
         "environment": environment(),
@@ -241,7 +223,61 @@ def _claim(output: Path, source: BaseModel, settings: Preset, seed: int, data: A
     note.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _calibration(output: Path, model, source: BaseModel, blocks: _Data, settings: Preset, seed: int) -> Calibration:
+def wrap(source: BaseModel, settings: Preset) -> RTPurboForCausalLM:
+    """The base with the settings' window and index, and no retrieval heads yet."""
+    return RTPurboForCausalLM.from_base(
+        source.model,
+        base_model_name_or_path=source.path,
+        base_model_revision=source.revision if source.path == source.upstream else None,
+        sliding_window=settings.sliding_window,
+        num_sink_tokens=settings.num_sink_tokens,
+        index_dim=settings.index_dim,
+        index_rotary_dim=settings.index_rotary_dim,
+        index_rotary_wavelengths=settings.index_rotary_wavelengths(),
+        index_top_p=settings.index_top_p,
+        index_min_tokens=settings.index_min_tokens,
+        index_block_size=settings.index_block_size,
+        index_key_sharing=settings.index_key_sharing,
+    )
+
+
+def train_adapter(
+    base: str,
+    output: str | Path,
+    calibration: Calibration,
+    *,
+    settings: Preset,
+    data: Any = "system",
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    report_to: str | list[str] = "none",
+) -> tuple[Path, dict[str, float]]:
+    """Stage 1 alone, on given retrieval heads: the adapter's folder, and figures on held-out text.
+
+    Arguments and errors as in `adapt`; `calibration` names the heads.
+    """
+    output = Path(output)
+    source = load_base(base, dtype=dtype, device=device)
+    _claim(output, source, settings, seed, data)
+    model = wrap(source, settings)
+    blocks = _data(data, source.tokenizer, settings, seed)
+    trainer = _stage1(output, model, calibration, blocks, settings, seed, report_to)
+    metrics = trainer.evaluate()
+    plot_losses(trainer.state.log_history, output / "losses.png")
+    return _save(output, model, source, calibration), metrics
+
+
+def _save(output: Path, model: RTPurboForCausalLM, source: BaseModel, calibration: Calibration) -> Path:
+    adapter = output / "adapter"
+    model.eval()
+    model.save_pretrained(adapter, adapter_only=True)
+    source.tokenizer.save_pretrained(adapter)
+    calibration.save(adapter / CALIBRATION_FILE)
+    return adapter
+
+
+def _calibration(output: Path, model, blocks: _Data, settings: Preset, seed: int) -> Calibration:
     path = output / CALIBRATION_FILE
     if path.exists():
         logger.info("%s: calibration of the interrupted run", path)
@@ -252,7 +288,12 @@ def _calibration(output: Path, model, source: BaseModel, blocks: _Data, settings
     return calibration
 
 
-def _train(output: Path, model, blocks: _Data, settings: Preset, seed: int, report_to) -> IndexerTrainer:
+def _stage1(
+    output: Path, model, calibration: Calibration, blocks: _Data, settings: Preset, seed: int, report_to
+) -> IndexerTrainer:
+    model.set_retrieval_heads([list(heads) for heads in calibration.retrieval_heads])
+    documents = [block["input_ids"] for block in blocks.calibration][:2]
+    initialise_indexers(model, documents, method=settings.initialisation, seed=seed)
     arguments = IndexerTrainingArguments(
         output_dir=str(output / "trainer"),
         max_steps=settings.steps,
@@ -271,11 +312,6 @@ def _train(output: Path, model, blocks: _Data, settings: Preset, seed: int, repo
     checkpoints = sorted((output / "trainer").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(checkpoints) or None)
     return trainer
-
-
-def _last_metrics(trainer: IndexerTrainer) -> dict[str, float]:
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {"first_loss": entries[0]["loss"], "last_loss": entries[-1]["loss"]} if entries else {}
 
 
 def _measured_kv_bytes(model: RTPurboForCausalLM, ids: torch.Tensor) -> tuple[int, int]:

@@ -145,7 +145,9 @@ def calibrate(
     output: Output,
     context: Annotated[int, typer.Option(help="Tokens in a document.")] = 32768,
     documents: Annotated[int, typer.Option(help="Documents to average over.")] = 4,
-    ratio: Annotated[float, typer.Option(help="Part of the query heads that retrieve.")] = 0.15,
+    ratio: Annotated[
+        float | None, typer.Option(help="Part of the query heads that retrieve.", show_default="0.15, or all if few")
+    ] = None,
     granularity: Annotated[Granularity, typer.Option(help="Take single heads, or whole KV groups.")] = Granularity.head,
     data: Data = None,
     seed: Seed = 0,
@@ -156,8 +158,8 @@ def calibrate(
     from .auto import RTPurboForCausalLM
     from .sources import load_base
     from .training.calibration import calibrate as run
-    from .training.calibration import plot_heads
     from .training.data import load_texts, pack_documents
+    from .training.plots import plot_heads
 
     target = output / "calibration.json"
     if target.exists():

@@ -12,7 +12,7 @@ class Preset:
     Args:
         context: tokens in a training block, and the length to serve.
         sliding_window, num_sink_tokens: what local heads see.
-        ratio: part of all query heads that become retrieval heads.
+        ratio: part of all query heads that become retrieval heads; None: see `training.calibration.calibrate`.
         index_dim, index_rotary_dim, index_top_p, index_min_tokens, index_block_size, index_key_sharing: the index.
         calibration_documents: blocks of text that heads are ranked on.
         train_blocks: blocks of the training set. needle_share: part of them with key-value needles.
@@ -25,7 +25,7 @@ class Preset:
     context: int = 32768
     sliding_window: int = 8192
     num_sink_tokens: int = 4
-    ratio: float = 0.15
+    ratio: float | None = None
     index_dim: int = 16
     index_rotary_dim: int = 4
     index_top_p: float = 0.9
@@ -56,6 +56,7 @@ PRESETS = {
     "paper": replace(
         DEFAULT,
         context=49152,
+        ratio=0.15,
         index_rotary_dim=0,
         index_min_tokens=0,
         index_block_size=64,

@@ -119,6 +119,45 @@ def test_static_cache_with_beams(model, batch):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_dense_below(batch, static):
+    """Short contexts are the base model's; past the limit the stores are split and everything is sparse."""
+    ids, mask = batch
+    model = make(dense_below=70)
+    with model.attention_mode("dense"):
+        dense = model.generate(ids, attention_mask=mask, max_new_tokens=28, min_new_tokens=28, do_sample=False)
+    kind = "static" if static else None
+    options = {
+        "attention_mask": mask,
+        "do_sample": False,
+        "cache_implementation": kind,
+        "return_dict_in_generate": True,
+    }
+    short = model.generate(ids, max_new_tokens=28, min_new_tokens=28, **options)
+    assert torch.equal(short.sequences, dense)
+    assert short.past_key_values.nbytes()["window"] == 0
+    long = model.generate(ids, max_new_tokens=40, min_new_tokens=40, **options)
+    assert torch.equal(long.sequences[:, : dense.shape[1]], dense)
+    assert long.past_key_values.nbytes()["window"] > 0
+    # the same by hand: a window and a p that drop nothing until the limit, and the real ones from there on
+    hand = make()
+    hand.config.sliding_window, hand.config.index_top_p = 1000, 1.0
+    cache, tokens = hand.new_cache(), long.sequences
+    mask = torch.cat([mask, torch.ones(3, 40, dtype=torch.long)], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        hand(tokens[:, :41], attention_mask=mask[:, :41], position_ids=positions[:, :41], past_key_values=cache)
+        for i in range(41, 80):
+            if i + 1 >= 70:
+                hand.config.sliding_window, hand.config.index_top_p = 8, 0.7
+            logits = hand(
+                tokens[:, i : i + 1], attention_mask=mask[:, : i + 1], position_ids=positions[:, i : i + 1],
+                past_key_values=cache,
+            ).logits[:, -1]  # fmt: skip
+            logits[:, 2] = -torch.inf
+            assert torch.equal(logits.argmax(-1), tokens[:, i + 1]), i
+
+
 def test_use_cache_false(model, batch, expected):
     ids, mask = batch
     assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY), expected)
@@ -373,10 +412,11 @@ def test_refusals(model, batch):
         model.generate(ids, attention_mask=mask, cache_implementation="quantized", **GREEDY)
     with pytest.raises(ValueError, match="static cache is not supported for 'gemma3_text'"):
         make("gemma3_text").new_cache(max_length=100)
-    with torch.no_grad(), pytest.raises(ValueError, match="static cache has 50 slots and 51 are needed"):
-        cache = model.new_cache(max_length=50)
-        model(torch.randint(3, 97, (1, 50)), past_key_values=cache)
-        model(torch.randint(3, 97, (1, 1)), past_key_values=cache)
+    full = model.new_cache(max_length=41)
+    with torch.no_grad():
+        model(ids[2:], past_key_values=full)
+        with pytest.raises(ValueError, match="static cache has 41 slots and 42 are needed"):
+            model(ids[2:, :1], past_key_values=full)
     with pytest.raises(ValueError, match="4-D mask"):
         model(ids, attention_mask=torch.zeros(3, 1, 41, 41))
     with pytest.raises(ValueError, match="needs its own cache, got DynamicCache"):

@@ -1,0 +1,137 @@
+"""The whole model on a GPU: Triton against the reference, CUDA graphs, no synchronisation, memory really freed."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rtpurbo_hf.modeling.cache_rtpurbo import predicted_nbytes
+from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+HEADS = [[0, 9], [], [4, 5, 6, 7], [15]]
+
+
+def make(dtype=torch.bfloat16, **options):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=4, head_dim=128, max_position_embeddings=1 << 20,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).to("cuda", dtype).eval()
+    settings = {"index_rotary_dim": 4, "index_min_tokens": 64, "sliding_window": 512, "index_top_p": 0.7, **options}
+    model = RTPurboForCausalLM.from_base(base, retrieval_heads=HEADS, **settings)
+    for indexer in model.indexers().values():
+        torch.nn.init.normal_(indexer.q_proj, std=0.3)
+        torch.nn.init.normal_(indexer.k_proj, std=0.3)
+    return model
+
+
+def decode_logits(model, ids, mask, steps, cache=None):
+    """Teacher-forced logits of the last `steps` tokens, one cached step each."""
+    cache = model.new_cache() if cache is None else cache
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    split = ids.shape[1] - steps
+    logits = []
+    with torch.inference_mode():
+        model(ids[:, :split], attention_mask=mask[:, :split], position_ids=positions[:, :split], past_key_values=cache)
+        for i in range(split, ids.shape[1]):
+            step = model(
+                ids[:, i : i + 1], attention_mask=mask[:, : i + 1], position_ids=positions[:, i : i + 1],
+                past_key_values=cache,
+            )  # fmt: skip
+            logits.append(step.logits.float())
+    return torch.cat(logits, 1)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    ids = torch.randint(1, 512, (2, 3000), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :700] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("options", [{}, {"index_key_sharing": "kv_head"}, {"index_block_size": 16}], ids=str)
+def test_triton_equals_reference(batch, options):
+    """fp32 everywhere in the reference; the difference is bf16 rounding and the selection's bins."""
+    ids, mask = batch
+    fast = decode_logits(make(**options), ids, mask, 24)
+    slow = decode_logits(make(attention_backend="reference", **options), ids, mask, 24)
+    assert torch.isfinite(fast).all()
+    assert (fast - slow).norm() / slow.norm() < 0.03
+
+
+def test_static_graph_equals_eager_steps(batch):
+    ids, mask = batch
+    model = make()
+    eager = decode_logits(model, ids, mask, 40)
+    cache = model.new_cache(max_length=3000)
+    graphed = decode_logits(model, ids, mask, 40, cache)
+    assert cache.graphs[2] is not None, "the step must really have been captured"
+    assert cache.graphs[2].graph is not None
+    assert (eager - graphed).norm() / eager.norm() < 1e-2
+
+
+def test_generate_with_static_cache_equals_dynamic(batch):
+    ids, mask = batch
+    model = make()
+    options = {"attention_mask": mask, "max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+    dynamic = model.generate(ids, **options)
+    static = model.generate(ids, cache_implementation="static", **options)
+    same = (dynamic == static)[:, ids.shape[1] :].float().mean().item()
+    # random weights: a near tie may turn a token and all that follow it
+    assert same > 0.5
+
+
+def test_decode_step_does_not_synchronise(batch):
+    ids, mask = batch
+    model = make()
+    for cache in (model.new_cache(), model.new_cache(max_length=3100)):
+        decode_logits(model, ids, mask, 4, cache)
+        token = ids[:, :1]
+        position = mask.sum(1, keepdim=True)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.inference_mode():
+                for i in range(3):
+                    model(token, position_ids=position + i, past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_is_freed_and_predicted():
+    """Allocated bytes on the device after a chunked prefill of 64K tokens, against `nbytes()` and the prediction."""
+    model = make()
+    length, chunk = 65536, 4096
+    ids = torch.randint(1, 512, (1, length), device="cuda")
+    with torch.inference_mode():
+        # builds kernels and library workspaces outside the measurement
+        model(ids[:, :chunk], use_cache=False, logits_to_keep=1)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        cache = model.new_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for first in range(0, length, chunk):
+            model(ids[:, first : first + chunk], past_key_values=cache, logits_to_keep=1)
+    held = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    total = cache.nbytes()["total"]
+    assert abs(held - total) < 0.02 * total + (1 << 20)
+    assert total < 0.65 * cache.dense_nbytes()
+    one_layer = max(sum(cache.layers[i].nbytes().values()) for i in cache.converted)
+    # growing a layer's store holds the old and the new one for a moment
+    assert peak < total + 2 * one_layer + chunk * 512 * 2 * 60
+    whole = model.new_cache()
+    with torch.inference_mode():
+        model(ids, past_key_values=whole, logits_to_keep=1)
+    expected = {"full": 0, "index": 0, "window": 0}
+    for plan in (layer.plan for layer in whole.layers):
+        sizes = predicted_nbytes(
+            plan, batch=1, length=length, window=512, num_sinks=4, index_dim=16, head_dim=128, itemsize=2
+        )
+        expected = {kind: expected[kind] + sizes[kind] for kind in expected}
+    assert {kind: whole.nbytes()[kind] for kind in expected} == expected
