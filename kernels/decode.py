@@ -659,7 +659,7 @@ def decode_attention(
         "HAS_SOFTCAP": softcap is not None,
         "HAS_SINK_LOGITS": sink_logits is not None,
         "STAGES": _ATTEND_CONFIG["stages"],
-        "num_warps": _ATTEND_CONFIG["warps"],
+        "num_warps": _ATTEND_CONFIG["warps"] if block_m <= 32 else 8,
         "maxnreg": _ATTEND_CONFIG["registers"],
     }
     grid = (min(ctas * num_processors(device), workspace.ctas),)

@@ -714,6 +714,7 @@ _SCORE_CONFIG = {
     "stages": 3,
     "registers": 255,
     "writers": 8,
+    "assembly": True,
 }
 _LANES = 16
 _STEPS = 8
@@ -862,8 +863,14 @@ def launch_select(
     units = tile // block_size
     threads = 32 * _SCORE_CONFIG["warps"]
     elements = max(tile // threads, 1)
-    # a layout of the scores without copies is what the counting by hand needs: the one of a 64-row dot has it
-    assembly = on_gpu and block_size == 1 and tile_rows >= 16 * _SCORE_CONFIG["warps"] and _SCORE_CONFIG["assembly"]
+    # counting by hand needs each score in one thread only: the layout of a dot with 16 rows a warp has that
+    assembly = (
+        _SCORE_CONFIG["assembly"]
+        and on_gpu
+        and block_size == 1
+        and elements <= 16
+        and tile_rows >= 16 * _SCORE_CONFIG["warps"]
+    )
     scale = index_key if index_scale is None else index_scale
     # without an append the rest of the arguments is never read
     key = value = new_index = full_key = full_value = window_key = window_value = index_key

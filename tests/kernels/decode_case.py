@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+
 from rtpurbo_hf.kernels.append import append_step_reference
 from rtpurbo_hf.kernels.indexed import indexed_attention_reference
 from rtpurbo_hf.kernels.sink_window import sink_window_attention_reference
@@ -44,9 +45,7 @@ class Case:
         batch, length = self.batch, self.length
         heads = self.kv_heads * self.groups
         with_retrieval = sorted({h // self.groups for h in self.retrieval_heads})
-        self.full_slot = tuple(
-            with_retrieval.index(kv) if kv in with_retrieval else -1 for kv in range(self.kv_heads)
-        )
+        self.full_slot = tuple(with_retrieval.index(kv) if kv in with_retrieval else -1 for kv in range(self.kv_heads))
         others = [kv for kv in range(self.kv_heads) if kv not in with_retrieval]
         self.window_slot = tuple(others.index(kv) if kv in others else -1 for kv in range(self.kv_heads))
         if self.shared_index:
@@ -88,9 +87,7 @@ class Case:
         rows = slice(first, last)
         return self.key[:, :, rows], self.value[:, :, rows], self.index_keys[:, :, rows]
 
-    def fill(
-        self, append=append_step_reference, *, until: int | None = None, step: int | None = None
-    ) -> None:
+    def fill(self, append=append_step_reference, *, until: int | None = None, step: int | None = None) -> None:
         """Append the sequence in steps of `step` tokens (default: the step's own length)."""
         step = step or self.q_len
         until = self.length if until is None else until
