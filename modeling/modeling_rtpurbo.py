@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -157,8 +158,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             "dense": HeadPlan(*size, everything, False),
         }
 
-    def converted(self) -> list[nn.Module]:
-        """The base's full-attention modules, in layer order."""
+    def converted(self) -> list[Any]:
+        """The base's full-attention modules, in layer order; each has `rtpurbo` (`RTPurboLayer`) and `indexer`."""
         return [m for m in attention_modules(self.model) if hasattr(m, "rtpurbo")]
 
     def set_retrieval_heads(self, retrieval_heads: list[list[int]]) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,9 +36,10 @@ _GENERATED = 16
 _CLEAN_PROCESS = """
 import json, sys, torch, transformers
 transformers.utils.logging.disable_progress_bar()
-path, ids, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-out = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)
+path, ids, new, device, dtype = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+load = transformers.AutoModelForCausalLM.from_pretrained
+model = load(path, trust_remote_code=True, dtype=getattr(torch, dtype)).to(device).eval()
+out = model.generate(torch.tensor([ids], device=device), max_new_tokens=new, do_sample=False)
 print("\\n" + json.dumps([type(model).__module__.split(".")[0], out[0, len(ids):].tolist()]))
 """
 
@@ -64,18 +65,16 @@ def _data(source, tokenizer, settings: Preset, seed: int) -> _Data:
     documents = load_texts(source, min_chars=2 * settings.context, seed=seed, limit=4000)
     train, held_out = split_documents(documents, held_out=0.1, seed=seed)
     length = settings.context
-    once = {"blocks_per_document": 2, "seed": seed}
     held = settings.eval_blocks + settings.eval_prompts
-    evaluation = pack_documents(held_out, tokenizer, length, limit=held, **once)
+    evaluation = pack_documents(held_out, tokenizer, length, limit=held, blocks_per_document=2, seed=seed)
     if len(evaluation) < 2:
         raise ValueError(
             f"{source}: the held-out part gives {len(evaluation)} block of {length} tokens, at least 2 are needed; "
             "give more or longer documents, or a shorter context"
         )
     texts = max(len(evaluation) * settings.eval_blocks // held, 1)
-    blocks = pack_documents(
-        train, tokenizer, length, limit=settings.train_blocks + settings.calibration_documents, **once
-    )
+    limit = settings.train_blocks + settings.calibration_documents
+    blocks = pack_documents(train, tokenizer, length, limit=limit, blocks_per_document=2, seed=seed)
     count = min(settings.calibration_documents, max(len(blocks) - 1, 1))
     mixed = NeedleMixer(tokenizer).mix(_part(blocks, count, None), share=settings.needle_share, seed=seed)
     return _Data(
@@ -113,21 +112,23 @@ class _Clock:
 
 
 def check_in_clean_process(adapter: Path, model: RTPurboForCausalLM, ids: list[int]) -> None:
-    """Load the saved adapter without this package and generate what `model` generates.
+    """Load the saved adapter without this package and generate what `model` generates; `model` goes to the CPU.
 
     Raises:
         RuntimeError: it does not load, loads our package's code, or generates other tokens.
     """
-    command = [sys.executable, "-P", "-c", _CLEAN_PROCESS, str(adapter.resolve()), json.dumps(ids), str(_GENERATED)]
+    device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+    prompt = torch.tensor([ids], device=device)
+    expected = cast(Any, model).generate(prompt, max_new_tokens=_GENERATED, do_sample=False)[0, len(ids) :].tolist()
+    cast(torch.nn.Module, model).to("cpu")  # two copies may not fit the device
+    arguments = [str(adapter.resolve()), json.dumps(ids), str(_GENERATED), device, dtype]
+    command = [sys.executable, "-P", "-c", _CLEAN_PROCESS, *arguments]
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, cwd=adapter.parent, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the saved model does not load in a clean process:\n{done.stderr[-2000:]}")
     module, tokens = json.loads(done.stdout.strip().splitlines()[-1])
-    device = model.device
-    expected = model.cpu().float().generate(torch.tensor([ids]), max_new_tokens=_GENERATED, do_sample=False)
-    model.to(device)
-    if module != "transformers_modules" or tokens != expected[0, len(ids) :].tolist():
+    if module != "transformers_modules" or tokens != expected:
         raise RuntimeError(f"the reloaded model ({module}) generates other tokens than the saved one")
 
 
@@ -225,9 +226,10 @@ def _claim(output: Path, source: BaseModel, settings: Preset, seed: int, data: A
 
 def wrap(source: BaseModel, settings: Preset) -> RTPurboForCausalLM:
     """The base with the settings' window and index, and no retrieval heads yet."""
+    local = Path(source.path).is_dir()
     return RTPurboForCausalLM.from_base(
         source.model,
-        base_model_name_or_path=source.path,
+        base_model_name_or_path=str(Path(source.path).resolve()) if local else source.path,
         base_model_revision=source.revision if source.path == source.upstream else None,
         sliding_window=settings.sliding_window,
         num_sink_tokens=settings.num_sink_tokens,
@@ -282,7 +284,7 @@ def _calibration(output: Path, model, blocks: _Data, settings: Preset, seed: int
     if path.exists():
         logger.info("%s: calibration of the interrupted run", path)
         return Calibration.load(path)
-    documents = [block["input_ids"] for block in blocks.calibration]
+    documents = list(blocks.calibration.input_ids)
     calibration = calibrate(model, documents, ratio=settings.ratio, seed=seed)
     calibration.save(path)
     return calibration
@@ -292,7 +294,7 @@ def _stage1(
     output: Path, model, calibration: Calibration, blocks: _Data, settings: Preset, seed: int, report_to
 ) -> IndexerTrainer:
     model.set_retrieval_heads([list(heads) for heads in calibration.retrieval_heads])
-    documents = [block["input_ids"] for block in blocks.calibration][:2]
+    documents = list(blocks.calibration.input_ids[:2])
     initialise_indexers(model, documents, method=settings.initialisation, seed=seed)
     arguments = IndexerTrainingArguments(
         output_dir=str(output / "trainer"),

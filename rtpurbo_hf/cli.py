@@ -169,7 +169,7 @@ def calibrate(
     texts = load_texts(data or "system", min_chars=2 * context, seed=seed, limit=50 * documents)
     blocks = pack_documents(texts, source.tokenizer, context, blocks_per_document=1, limit=documents, seed=seed)
     model = RTPurboForCausalLM.from_base(source.model, base_model_revision=source.revision)
-    found = run(model, [block["input_ids"] for block in blocks], ratio=ratio, granularity=granularity.value, seed=seed)
+    found = run(model, list(blocks.input_ids), ratio=ratio, granularity=granularity.value, seed=seed)
     output.mkdir(parents=True, exist_ok=True)
     found.save(target)
     plot_heads(found, output / "heads.png")
@@ -237,7 +237,9 @@ def generate(
 
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give exactly one of --prompt and --prompt-file")
-    text = prompt_file.read_text(encoding="utf-8") if prompt_file else sys.stdin.read() if prompt == "-" else prompt
+    text = prompt_file.read_text(encoding="utf-8") if prompt_file else str(prompt)
+    if prompt == "-":
+        text = sys.stdin.read()
     if output is not None and output.exists():
         raise ValueError(f"{output} exists: choose another --output, or remove it")
     checkpoint, device = _checkpoint(checkpoint), _device(device)
@@ -246,14 +248,14 @@ def generate(
     model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=_dtype(dtype, device)).to(device).eval()
     if chat:
         message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     if output is not None:
         new = tokens[0, inputs["input_ids"].shape[1] :]
-        output.write_text(tokenizer.decode(new, skip_special_tokens=True) + "\n", encoding="utf-8")
+        output.write_text(f"{tokenizer.decode(new, skip_special_tokens=True)}\n", encoding="utf-8")
 
 
 @app.command(epilog="Example: rtpurbo info build/demo/adapter --context 131072")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
+from transformers import PreTrainedConfig
 
 from .modeling.cache_rtpurbo import predicted_nbytes
 from .modeling.configuration_rtpurbo import RTPurboConfig
@@ -73,6 +74,8 @@ def checkpoint_info(
     """
     if context < 1:
         raise ValueError(f"context must be at least 1 token, got {context}")
+    if not isinstance(config.base_config, PreTrainedConfig):
+        raise ValueError("the config names no base model: it is no RTPurbo checkpoint's")
     plans = head_plans(config)
     text = config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

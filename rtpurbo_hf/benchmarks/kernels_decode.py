@@ -317,14 +317,14 @@ def bench_length(geometry: Geometry, length: int, batch: int, *, int8: bool) -> 
 
 
 def run(preset: str) -> list[Row]:
-    """The decode rows of a preset: `"paper"` (32/4/128, batch 1) or `"full"` (more geometries and batches).
+    """The decode rows of a preset: `"quick"` (32/4/128 at 32K), `"paper"` (all lengths) or `"full"` (and geometries).
 
     Raises:
         ValueError: unknown preset.
     """
-    if preset not in ("paper", "full"):
-        raise ValueError(f"preset must be 'paper' or 'full', got {preset!r}")
-    points = [(PAPER, length, 1) for length in LENGTHS]
+    if preset not in ("quick", "paper", "full"):
+        raise ValueError(f"preset must be 'quick', 'paper' or 'full', got {preset!r}")
+    points = [(PAPER, length, 1) for length in (LENGTHS[:1] if preset == "quick" else LENGTHS)]
     if preset == "full":
         points += [(PAPER, length, batch) for batch in (4, 8) for length in LENGTHS[:3]]
         points += [(geometry, length, 1) for geometry in OTHERS for length in LENGTHS[:4]]

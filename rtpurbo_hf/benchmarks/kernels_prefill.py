@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
-from ..kernels import dense
+from ..kernels.dense import choose_path, dense_attention, flash_function
 from ..kernels.sink_window import sink_window_attention
 from .harness import Row, Timing, checked, matmul_rate, measure, relative_error
 
@@ -121,7 +121,7 @@ class Layer:
 
     def run(self) -> None:
         self.run_local()
-        dense.dense_attention(
+        dense_attention(
             self.query,
             self.key,
             self.value,
@@ -214,7 +214,7 @@ def layer_row(case: str, geometry: Geometry, length: int, ratio: float) -> Row:
     if not bool(torch.isfinite(layer.out).all()):
         error = math.inf
     timing = measure(layer.run, warmup=1 if length < 500_000 else 0, repeats=10, budget_ms=1500)
-    path = dense.choose_path(layer.query, chunked=False, special=False)
+    path = choose_path(layer.query, chunked=False, special=False)
     peer, note = fa2_time(geometry, length)
     return _row(case, geometry, length, ratio, timing, peer, note, error, layer.flops(), {"dense_path": path})
 
@@ -344,7 +344,7 @@ def run(preset: str = "paper") -> list[Row]:
     for geometry, length, ratio in tqdm(plan(preset), desc="prefill", unit="length"):
         with without_flash():
             rows.append(layer_row("prefill_vs_fa2_stock", geometry, length, ratio))
-        if dense.flash_function() is not None:
+        if flash_function() is not None:
             rows.append(layer_row("prefill_vs_fa2_fa3", geometry, length, ratio))
         torch.cuda.empty_cache()
         rows.append(flex_row(geometry, length, ratio))

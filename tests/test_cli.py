@@ -1,0 +1,126 @@
+"""The command line end to end on a tiny model, and what it says to bad input."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from families import tiny_base
+from small_tokenizer import small_tokenizer
+
+WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at", "are", "this", "have", "from", "or", "had", "an"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = small_tokenizer()
+    base = tiny_base(vocab_size=len(tokenizer), num_hidden_layers=2)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    rng = random.Random(0)
+    (folder / "texts").mkdir()
+    for i in range(30):
+        text = ". ".join(" ".join(rng.choices(WORDS, k=12)) for _ in range(80))
+        (folder / "texts" / f"{i}.txt").write_text(text)
+    return folder
+
+
+def rtpurbo(folder, *arguments, code=0):
+    command = [sys.executable, "-m", "rtpurbo_hf.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+ADAPT = (
+    "adapt", "base", "--preset", "demo", "--data", "texts", "--context", "640", "--window", "64", "--steps", "6",
+    "--train-blocks", "4", "--min-tokens", "8", "--ratio", "0.25", "--device", "cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapted(workplace):
+    rtpurbo(workplace, *ADAPT, "--output", "out")
+    return workplace / "out"
+
+
+def test_adapt_writes_adapter_and_report(adapted):
+    report = json.loads((adapted / "report" / "report.json").read_text())
+    for variant in ("dense", "streaming", "rtpurbo"):
+        assert {"perplexity", "retrieval_accuracy", "top1_agreement"} <= set(report[variant])
+    assert report["dense"]["top1_agreement"] == 1.0
+    assert 0 < report["selected_fraction"] < 1
+    assert 0 < report["kept_mass"] <= 1
+    assert 0 < report["kv_bytes"] < report["kv_bytes_dense"]
+    assert report["seconds"]["total"] > 0
+    assert report["retrieval_heads"] == 2
+    for name in ("report.md", "heads.png", "losses.png"):
+        assert (adapted / "report" / name).stat().st_size > 500
+    assert (adapted / "adapter" / "rtpurbo_indexer.safetensors").exists()
+
+
+def test_adapt_refuses_another_run_and_resumes_its_own(adapted, workplace):
+    done = rtpurbo(workplace, *ADAPT, "--seed", "1", "--output", "out", code=1)
+    assert done.stderr.strip().splitlines()[-1].startswith("rtpurbo: ValueError: out holds a run with other settings")
+    rtpurbo(workplace, *ADAPT, "--output", "out")
+
+
+def test_info_predicts_and_prints(adapted, workplace):
+    facts = json.loads(rtpurbo(workplace, "info", "out/adapter", "--context", "1000", "--json").stdout)
+    assert facts["retrieval_heads"] == 2
+    assert facts["kv_bytes"]["total"] < facts["kv_bytes_dense"]
+    assert "freeable KV heads" in rtpurbo(workplace, "info", "out/adapter").stdout
+
+
+def test_generate_is_deterministic(adapted, workplace):
+    options = ("--prompt", "the of and to in a is that", "--max-new-tokens", "12", "--device", "cpu")
+    first = rtpurbo(workplace, "generate", "out/adapter", *options, "--output", "text.txt").stdout
+    assert first == rtpurbo(workplace, "generate", "out/adapter", *options).stdout
+    assert (workplace / "text.txt").read_text().strip() == first.strip()
+
+
+def test_calibrate_then_train_indexer(workplace):
+    common = ("--data", "texts", "--context", "320", "--device", "cpu")
+    rtpurbo(workplace, "calibrate", "base", *common, "--documents", "2", "--ratio", "0.25", "--output", "heads")
+    record = json.loads((workplace / "heads" / "calibration.json").read_text())
+    assert sum(map(len, record["retrieval_heads"])) == 2
+    assert (workplace / "heads" / "heads.png").exists()
+    again = rtpurbo(workplace, "calibrate", "base", *common, "--output", "heads", code=1)
+    assert "exists: choose another --output" in again.stderr
+    options = ("--preset", "demo", "--window", "32", "--steps", "4", "--train-blocks", "3", "--output", "trained")
+    common = ("--data", "texts", "--context", "640", "--device", "cpu")
+    rtpurbo(workplace, "train-indexer", "base", "--heads", "heads/calibration.json", *common, *options)
+    assert (workplace / "trained" / "adapter" / "rtpurbo_indexer.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("adapt", "no-such-model", "-o", "x"), "no-such-model"),
+        (("adapt", "base", "-o", "x", "--preset", "fast"), "no preset 'fast'"),
+        (("adapt", "base", "-o", "x", "--data", "texts", "--top-p", "2"), "index_top_p must be in (0, 1], got 2"),
+        (("adapt", "base", "-o", "x", "--data", "no-such-file.txt"), "no-such-file.txt"),
+        (("adapt", "base", "-o", "x", "--data", "texts", "--context", "100000"), "characters"),
+        (("info", "nothing-here"), "neither a folder nor a Hub id"),
+        (("generate", "base"), "exactly one of --prompt and --prompt-file"),
+        (("train-indexer", "base", "--heads", "no.json", "-o", "x"), "no.json"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_readable_line(workplace, arguments, message):
+    done = rtpurbo(workplace, *arguments, code=1)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("rtpurbo: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_trace(workplace):
+    done = rtpurbo(workplace, "--debug", "info", "nothing-here", code=1)
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["adapt", "calibrate", "train-indexer", "generate", "info", "bench kernels"])
+def test_help_has_an_example(workplace, command):
+    assert f"Example: rtpurbo {command}" in " ".join(rtpurbo(workplace, *command.split(), "--help").stdout.split())
