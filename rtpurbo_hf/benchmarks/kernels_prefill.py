@@ -162,7 +162,7 @@ class Layer:
 @contextmanager
 def without_flash() -> Iterator[None]:
     """As on a machine with no FlashAttention 3 or 4 package."""
-    with mock.patch.object(dense, "flash_function", return_value=None):
+    with mock.patch(f"{dense_attention.__module__}.flash_function", return_value=None):
         yield
 
 
