@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _TENSORS = ("query", "query_pre", "key", "key_pre")
+_PLACES = ("slots", "row_positions", "positions")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ class ActivationCache(Dataset):
         self.folder = None if folder is None else Path(folder)
         self.size = len(dataset)
         self._plans = {m.layer_idx: m.rtpurbo.plans["sparse"] for m in model.converted()}
-        self._constants: dict[int, tuple[float, float | None]] = {}
         self._documents: dict[int, CachedDocument] = {}
         if self.folder is not None:
             self._claim()
@@ -199,11 +199,13 @@ class ActivationCache(Dataset):
             if not inputs.plan.retrieval:
                 return
             taken = LayerRows.take(inputs, slots)
-            vectors = [getattr(taken, name).to("cpu", self.dtype or taken.key.dtype).detach() for name in _TENSORS]
-            places = [taken.slots.cpu(), taken.row_positions.cpu(), taken.positions.cpu()]
-            start = None if taken.start is None else taken.start.cpu()
-            self._constants[inputs.layer_idx] = (taken.scale, taken.softcap)
-            layers[inputs.layer_idx] = LayerRows(taken.plan, *vectors, *places, start, taken.scale, taken.softcap)
+            tensors: dict[str, Any] = {
+                name: getattr(taken, name).to("cpu", self.dtype or taken.key.dtype).detach() for name in _TENSORS
+            }
+            for name in (*_PLACES, "start"):
+                value = getattr(taken, name)
+                tensors[name] = None if value is None else value.cpu()
+            layers[inputs.layer_idx] = replace(taken, **tensors)
 
         return observe
 
@@ -212,7 +214,7 @@ class ActivationCache(Dataset):
         constants = {}
         for layer, data in document.layers.items():
             constants[str(layer)] = [data.scale, data.softcap]
-            for name in (*_TENSORS, "slots", "row_positions", "positions", "start"):
+            for name in (*_TENSORS, *_PLACES, "start"):
                 if getattr(data, name) is not None:
                     # layers share some of these, which safetensors does not take
                     tensors[f"{layer}.{name}"] = getattr(data, name).clone(memory_format=torch.contiguous_format)
@@ -231,8 +233,14 @@ class ActivationCache(Dataset):
             raise ValueError(f"{path} cannot be read ({error}): remove it, and it is computed again") from error
         layers = {}
         for layer, (scale, softcap) in constants.items():
-            own = [tensors[f"{layer}.{name}"] for name in (*_TENSORS, "slots", "row_positions", "positions")]
-            layers[int(layer)] = LayerRows(self._plans[int(layer)], *own, tensors.get(f"{layer}.start"), scale, softcap)
+            own: dict[str, Any] = {name: tensors[f"{layer}.{name}"] for name in (*_TENSORS, *_PLACES)}
+            layers[int(layer)] = LayerRows(
+                plan=self._plans[int(layer)],
+                start=tensors.get(f"{layer}.start"),
+                scale=scale,
+                softcap=softcap,
+                **own,
+            )
         return CachedDocument(int(tensors["key"]), tensors["text"], tensors["needle"], layers)
 
 

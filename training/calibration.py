@@ -111,7 +111,7 @@ class Calibration:
         """
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a readable calibration file: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}: expected an object, got {type(record).__name__}")
@@ -122,7 +122,7 @@ class Calibration:
 
 
 def _from_json(record: dict[str, Any]) -> dict[str, Any]:
-    version = record.get("format_version")
+    version: Any = record.get("format_version")
     _need(_whole(version) and version >= 1, "format_version", "a positive integer", version)
     if version > FORMAT_VERSION:
         raise ValueError(f"format_version {version} is newer than this code, which reads up to {FORMAT_VERSION}")

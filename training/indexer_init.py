@@ -109,9 +109,10 @@ class _Statistics:
 
     def _record(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         cos, sin, _ = kwargs["rtpurbo_call"]
-        known = self.rotations.get(module.layer_idx)
+        layer: int = module.rtpurbo.layer_idx  # type: ignore[union-attr, assignment]
+        known = self.rotations.get(layer)
         if known is None or known[0].shape[1] < cos.shape[1]:
-            self.rotations[module.layer_idx] = (cos.detach(), sin.detach())
+            self.rotations[layer] = (cos.detach(), sin.detach())
 
     @contextmanager
     def recording(self):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from transformers import Trainer
@@ -145,6 +146,11 @@ class IndexerTrainer(Trainer):
             f"{trained:,}", f"{everything:,}", 100 * trained / everything,
         )  # fmt: skip
 
+    @property
+    def _output(self) -> Path:
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
     # rows
 
     def _sampler(self, *, evaluation: bool = False, pool: bool = False) -> RowSampler:
@@ -218,6 +224,7 @@ class IndexerTrainer(Trainer):
 
     def _cached_losses(self, model, indices: list[int]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
         cache = self.train_dataset
+        assert isinstance(cache, ActivationCache)
         documents = []
         for index in indices:
             layers, is_needle = self._draw_cached(cache.document(index))
@@ -243,7 +250,8 @@ class IndexerTrainer(Trainer):
         return self._caching
 
     def _worth_caching(self) -> bool:
-        args, data = self.args, self.train_dataset
+        args = self.args
+        data: Any = self.train_dataset
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or len(data) == 0:
             return False
         documents = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -267,7 +275,7 @@ class IndexerTrainer(Trainer):
         args = self.args
         folder = args.activation_cache_dir
         if folder is None and args.world_size > 1:
-            folder = str(Path(args.output_dir) / "activations")
+            folder = str(self._output / "activations")
         if folder is not None:
             name = f"evaluation-{sum(cache.step == EVALUATION_STEP for _, cache in self._caches)}"
             folder = str(Path(folder) / (name if evaluation else "training"))
@@ -330,9 +338,10 @@ class IndexerTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = float((kl / rows_of).mean())
         if self.is_world_process_zero():
             record = {"step": self.state.global_step, "metrics": metrics, "heads": table}
-            path = Path(self.args.output_dir) / f"{metric_key_prefix}_heads.json"
+            path = self._output / f"{metric_key_prefix}_heads.json"
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sums.shape[0])
+        nothing = numpy.empty(0)
+        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=sums.shape[0])
 
     @torch.no_grad()
     def _evaluate_batch(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -399,7 +408,7 @@ class IndexerTrainer(Trainer):
         """Indexer weights and the arguments as JSON: nothing that needs unpickling."""
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder = self._output if output_dir is None else Path(output_dir)
         save_indexers(self.model, folder, step=self.state.global_step)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
@@ -407,6 +416,7 @@ class IndexerTrainer(Trainer):
         load_indexers(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
         load_indexers(self.model, self.state.best_model_checkpoint)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

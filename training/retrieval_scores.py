@@ -95,14 +95,15 @@ def retrieval_scores(
     """
     ids = input_ids[None].to(model.device)
     length = ids.shape[1]
+    step = length if chunk is None else max(chunk, rows)
     with model.attention_mode("dense"):
-        cache = None if chunk is None or chunk >= length else model.new_cache()
+        cache = None if step >= length else model.new_cache()
         observer = _Scores(span, rows, length, cache)
         if cache is None:
             model(ids, observer=observer, use_cache=False, logits_to_keep=1)
         else:
             cache.in_prefill = True
-            cuts = [*range(0, length - rows, max(chunk, rows)), length]
+            cuts = [*range(0, length - rows, step), length]
             for first, last in pairwise(cuts):
                 model(ids[:, first:last], past_key_values=cache, use_cache=True, observer=observer, logits_to_keep=1)
     return observer.by_layer
