@@ -130,8 +130,8 @@ def test_rotary_dimensions_and_surplus_ranks_start_small():
     for indexer in model.indexers().values():
         for weight in (indexer.q_proj, indexer.k_proj):
             # 8 dimensions a head: ranks 8 and 9 have nothing to hold, 10 and 11 rotate
-            assert 0.01 < float(weight[:, 8:].std()) < 0.03
-            assert float(weight[:, :2].abs().mean()) > 0.05
+            assert 0.01 < weight[:, 8:].std().item() < 0.03
+            assert weight[:, :2].abs().mean().item() > 0.05
     first = {key: value.clone() for key, value in model.indexer_state_dict().items()}
     initialise_indexers(model, documents(), seed=1)
     assert all(torch.equal(first[key], value) for key, value in model.indexer_state_dict().items())

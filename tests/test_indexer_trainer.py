@@ -1,6 +1,5 @@
 """Stage 1: loss and gradients, row sampling, cached steps, resume, checkpoints, accumulation, two processes."""
 
-import copy
 import json
 import os
 import socket
@@ -306,22 +305,17 @@ def test_workers_do_not_change_what_is_drawn(tmp_path):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_two_processes_equal_one(tmp_path, cached):
-    """DDP over gloo: the same loss curve and weights as one process with the same documents a step."""
-    single = wrapped()
-    options = {"max_steps": 4, "save_steps": 4, "gradient_accumulation_steps": 2, "cache_activations": cached}
-    # one process accumulates what two processes see side by side
-    trainer = IndexerTrainer(single, arguments(tmp_path / "one", **options), blocks(8), blocks(3, seed=5))
-    trainer.train()
-    metrics = trainer.evaluate()
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two gloo processes found, uncached and cached: `results[cached][rank]`."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "two"), str(int(cached))],
+            [sys.executable, __file__, str(folder)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -330,12 +324,25 @@ def test_two_processes_equal_one(tmp_path, cached):
         for rank in range(2)
     ]
     try:
-        texts = [process.communicate(timeout=120)[0] for process in running]
+        texts = [process.communicate(timeout=240)[0] for process in running]
     finally:
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0, 0], texts[0][-3000:] + texts[1][-3000:]
-    ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    files = [[folder / f"{cached}-{rank}.pt" for rank in range(2)] for cached in range(2)]
+    return [[torch.load(file, weights_only=True) for file in row] for row in files]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_processes_equal_one(tmp_path, two_processes, cached):
+    """DDP over gloo: the same loss curve and weights as one process with the same documents a step."""
+    single = wrapped()
+    # one process accumulates what two processes see side by side
+    options = {"max_steps": 4, "save_steps": 4, "gradient_accumulation_steps": 2, "cache_activations": cached}
+    trainer = IndexerTrainer(single, arguments(tmp_path, **options), blocks(8), blocks(3, seed=5))
+    trainer.train()
+    metrics = trainer.evaluate()
+    ranks = two_processes[cached]
     for key, value in ranks[0]["weights"].items():
         assert torch.equal(value, ranks[1]["weights"][key])
         assert torch.allclose(value, weights(single)[key], atol=1e-5)
@@ -437,16 +444,18 @@ def test_warm_up_is_in_proportion(tmp_path):
     assert arguments(tmp_path, warmup_steps=5).get_warmup_steps(600) == 5
 
 
-def _worker(folder, cached):
-    model = wrapped()
-    args = arguments(folder, max_steps=4, save_steps=4, cache_activations=cached, ddp_backend="gloo")
-    trainer = IndexerTrainer(model, args, blocks(8), blocks(3, seed=5))
-    trainer.train()
-    metrics = {k: v for k, v in trainer.evaluate().items() if "runtime" not in k and "per_second" not in k}
-    found = {"weights": weights(model), "losses": losses(trainer), "metrics": metrics}
-    torch.save(copy.deepcopy(found), Path(folder) / f"rank{args.process_index}.pt")
+def _worker(folder):
+    for cached in range(2):
+        model = wrapped()
+        options = {"max_steps": 4, "save_steps": 4, "cache_activations": bool(cached), "ddp_backend": "gloo"}
+        args = arguments(Path(folder) / str(cached), **options)
+        trainer = IndexerTrainer(model, args, blocks(8), blocks(3, seed=5))
+        trainer.train()
+        metrics = {k: v for k, v in trainer.evaluate().items() if "runtime" not in k and "per_second" not in k}
+        found = {"weights": weights(model), "losses": losses(trainer), "metrics": metrics}
+        torch.save(found, Path(folder) / f"{cached}-{args.process_index}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _worker(sys.argv[1], sys.argv[2] == "1")
+    _worker(sys.argv[1])
