@@ -120,7 +120,7 @@ class RTPurboConfig(PreTrainedConfig):
         check_base_values(config_dict)
         try:
             return super().from_dict(migrate(config_dict), **kwargs)
-        except ValueError:
+        except (ValueError, MemoryError):
             raise
         except Exception as error:
             # the base family's config class may fail in any way on values that it does not expect

@@ -70,7 +70,8 @@ def _check(value: Any, path: str, depth: int, budget: list[int]) -> None:
         raise ValueError(f"RTPurboConfig: {path} is nested too deeply or holds too many values")
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if not isinstance(key, str):
+            # id2label of a config in memory has integers
+            if not isinstance(key, (str, int)):
                 raise ValueError(f"RTPurboConfig: {path} has the key {key!r}, expected a string")
             _check_size(key, inner, path)
             _check(inner, f"{path}.{key}", depth + 1, budget)
@@ -81,7 +82,7 @@ def _check(value: Any, path: str, depth: int, budget: list[int]) -> None:
         raise ValueError(f"RTPurboConfig: {path} is {value!r:.40}, beyond 2^40")
 
 
-def _check_size(key: str, value: Any, path: str) -> None:
+def _check_size(key: str | int, value: Any, path: str) -> None:
     # None means that the family derives the size, a list gives one per layer
     if key not in _SIZES or value is None or isinstance(value, (list, tuple)):
         return
