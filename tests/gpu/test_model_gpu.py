@@ -54,14 +54,19 @@ def batch():
     return ids, mask
 
 
-@pytest.mark.parametrize("options", [{}, {"index_key_sharing": "kv_head"}, {"index_block_size": 16}], ids=str)
-def test_triton_equals_reference(batch, options):
-    """fp32 everywhere in the reference; the difference is bf16 rounding and the selection's bins."""
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, 0.03), ({"index_key_sharing": "kv_head"}, 0.03), ({"index_block_size": 16}, 0.12)],
+    ids=["tokens", "shared keys", "blocks"],
+)
+def test_triton_equals_reference(batch, options, tolerance):
+    """fp32 everywhere in the reference; the difference is bf16 rounding, and the bins that the selection may add:
+    random weights attend to everything alike, so that one more block of 16 tokens shows."""
     ids, mask = batch
     fast = decode_logits(make(**options), ids, mask, 24)
     slow = decode_logits(make(attention_backend="reference", **options), ids, mask, 24)
     assert torch.isfinite(fast).all()
-    assert (fast - slow).norm() / slow.norm() < 0.03
+    assert (fast - slow).norm() / slow.norm() < tolerance
 
 
 def test_static_graph_equals_eager_steps(batch):
