@@ -24,6 +24,7 @@ from .integrity_rtpurbo import (
     load_indexer_file,
     shard_files,
 )
+from .offload_rtpurbo import bring_back, execution_device
 from .push_rtpurbo import commit_to_hub, is_hub_id, is_weight_file, portable_config, require_hub_base
 
 _HUB_ARGUMENTS = (
@@ -42,6 +43,12 @@ class CheckpointMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` of `RTPurboForCausalLM`."""
 
     _adapter_only = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong; with offloaded weights, where accelerate runs the first module."""
+        device = super().device
+        return execution_device(self) or device if device.type == "meta" else device
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -79,6 +86,8 @@ class CheckpointMixin:
             model, info = cls._from_adapter(name, file, *args, config=config, hub=hub, **kwargs)
         else:
             model, info = cls._load_checked(name, *args, config=config, **kwargs)
+            for module in model.indexers().values():
+                bring_back(module)
             check_indexers(model.indexer_state_dict(), name)
         return (model, info) if wants_info else model
 
@@ -175,8 +184,10 @@ class CheckpointMixin:
         tensors = load_indexer_file(path, self.indexer_state_dict())
         with torch.no_grad():
             for key, tensor in tensors.items():
-                module, _, leaf = key.rpartition(".")
-                getattr(self.get_submodule(module), leaf).copy_(tensor)
+                name, _, leaf = key.rpartition(".")
+                module = self.get_submodule(name)
+                bring_back(module, empty=True)
+                getattr(module, leaf).copy_(tensor)
 
     def save_pretrained(
         self, save_directory, *args, adapter_only: bool | None = None, push_to_hub: bool = False, **kwargs
