@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,3 +226,11 @@ def test_lm_eval_runs_a_task_of_ours(folder, tmp_path):
 def test_auto_model_refuses_tensor_parallel(folder):
     with pytest.raises(NotImplementedError, match="tensor-parallel"):
         AutoModelForCausalLM.from_pretrained(folder / "full", tp_plan="auto")
+
+
+def test_support_table_names_tests_that_exist():
+    tests = Path(__file__).parent
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (tests.parent / "docs" / "support.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (tests / file).read_text(), re.M), f"{file}::{test}"

@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from hub_server import HubServer
 from test_checkpoint import bare_environment
+from typer.testing import CliRunner
+
+from rtpurbo_hf import cli_hub
 
 STEPS = Path(__file__).with_name("hub_steps.py")
 INDEXER = "rtpurbo_indexer.safetensors"
@@ -254,6 +258,19 @@ def test_cards_on_the_hub(hub, outcome):
     mine = metadata(hub, "alice/by-model")
     assert {"rtpurbo", "mine", "yours"} <= set(mine["tags"])
     assert mine["base_model"] == "alice/base"
+
+
+def test_push_command_lists_a_dry_run(work, outcome):
+    app = typer.Typer()
+    cli_hub.register(app)
+    done = CliRunner().invoke(app, ["push", str(work / "nowhere"), "me/x", "--dry-run", "--license", "mit"])
+    assert done.exit_code == 0, done.output
+    listed = {
+        line.split()[1]: int(line.split()[0].replace(",", "")) for line in done.output.splitlines() if ".p" in line
+    }
+    assert {"modeling_rtpurbo.py", "figures/heads.png"} <= set(listed)
+    assert listed["figures/heads.png"] == (work / "nowhere" / "report" / "heads.png").stat().st_size
+    assert "a push would be refused: the adapter names its base as" in done.output
 
 
 def test_adapter_on_a_local_base_is_refused(hub, outcome):
