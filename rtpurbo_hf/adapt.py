@@ -161,10 +161,11 @@ def adapt(
     clock = _Clock()
     with clock("load"):
         source = base if isinstance(base, BaseModel) else load_base(base, dtype=dtype, device=device)
-    _claim(output, source, settings, seed, data)
     model = wrap(source, settings)
     with clock("data"):
         blocks = _data(data, source.tokenizer, settings, seed)
+    # only now: a run that ends on bad settings or data leaves nothing behind
+    _claim(output, source, settings, seed, data)
     with clock("calibrate"):
         calibration = _calibration(output, model, blocks, settings, seed)
     with clock("train"):
@@ -261,9 +262,9 @@ def train_adapter(
     """
     output = Path(output)
     source = load_base(base, dtype=dtype, device=device)
-    _claim(output, source, settings, seed, data)
     model = wrap(source, settings)
     blocks = _data(data, source.tokenizer, settings, seed)
+    _claim(output, source, settings, seed, data)
     trainer = _stage1(output, model, calibration, blocks, settings, seed, report_to)
     metrics = trainer.evaluate()
     plot_losses(trainer.state.log_history, output / "losses.png")
@@ -294,7 +295,7 @@ def _stage1(
     output: Path, model, calibration: Calibration, blocks: _Data, settings: Preset, seed: int, report_to
 ) -> IndexerTrainer:
     model.set_retrieval_heads([list(heads) for heads in calibration.retrieval_heads])
-    documents = list(blocks.calibration.input_ids[:2])
+    documents = list(blocks.calibration.input_ids[:1])
     initialise_indexers(model, documents, method=settings.initialisation, seed=seed)
     arguments = IndexerTrainingArguments(
         output_dir=str(output / "trainer"),

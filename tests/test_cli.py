@@ -1,30 +1,30 @@
 """The command line end to end on a tiny model, and what it says to bad input."""
 
+import importlib.util
 import json
 import os
-import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from families import tiny_base
 from small_tokenizer import small_tokenizer
 
-WORDS = ("the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not")
+MODULES = ("argparse", "inspect", "typing", "subprocess", "ast", "pathlib", "tarfile", "zipfile", "datetime", "enum")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     tokenizer = small_tokenizer()
-    base = tiny_base(vocab_size=len(tokenizer), num_hidden_layers=2)
+    base = tiny_base(vocab_size=len(tokenizer), num_hidden_layers=2, hidden_size=128)
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    rng = random.Random(0)
     (folder / "texts").mkdir()
-    for i in range(30):
-        text = ". ".join(" ".join(rng.choices(WORDS, k=12)) for _ in range(80))
-        (folder / "texts" / f"{i}.txt").write_text(text)
+    for name in MODULES:
+        text = Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8")
+        (folder / "texts" / f"{name}.txt").write_text(text[:20_000], encoding="utf-8")
     return folder
 
 

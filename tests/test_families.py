@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import FAMILY_OPTIONS, everything_retrieves, padded_batch, tiny_base
+
 from rtpurbo_hf.modeling.families_rtpurbo import FAMILIES
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
 

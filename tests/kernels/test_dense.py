@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rtpurbo_hf.kernels.common import HAS_TRITON
 from rtpurbo_hf.kernels.dense import HeadGroup, dense_attention, dense_attention_reference, head_groups
 

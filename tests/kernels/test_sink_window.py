@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+
 from rtpurbo_hf.kernels.common import HAS_TRITON
 from rtpurbo_hf.kernels.sink_window import sink_window_attention, sink_window_attention_reference
 
