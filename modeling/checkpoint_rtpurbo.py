@@ -47,8 +47,11 @@ class CheckpointMixin:
     @property
     def device(self) -> torch.device:
         """Where inputs belong; with offloaded weights, where accelerate runs the first module."""
-        device = super().device
-        return execution_device(self) or device if device.type == "meta" else device
+        # not super(): torch.compile cannot follow a property through it
+        device = next(self.parameters()).device
+        if device.type == "meta":
+            return execution_device(self) or device
+        return device
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
