@@ -24,6 +24,7 @@ MAX_REPORT_BYTES = 16 * 2**20
 _CAPTIONS = (
     ("heads", "Retrieval score of every query head; the chosen ones are marked"),
     ("loss", "Loss of the index training"),
+    ("kernels", "The kernels against their peers: speed-up and share of the roofline by length"),
     ("prefill", "Prefill time against dense attention"),
     ("decode", "Decode time against dense attention"),
     ("speed", "Speed against dense attention"),

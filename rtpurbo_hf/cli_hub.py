@@ -115,11 +115,10 @@ def card(
     overwrite: Overwrite = False,
 ) -> None:
     """Render a model card from a report; pictures beside the report are shown, and copied beside the card."""
-    import shutil
-
     from .auto import RTPurboConfig
     from .cards import License as Terms
     from .cards import read_report, render_card
+    from .memory_plot import can_plot, memory_figure
 
     path = report / "report.json" if report.is_dir() else report
     facts = read_report(path)
@@ -129,21 +128,23 @@ def card(
         if not picture.is_file():
             raise ValueError(f"figure {picture} is not there")
     _claim(output, overwrite)
+    figures = {name: picture.read_bytes() for name, picture in pictures.items()}
+    if config is not None and config.retrieval_heads is not None and "memory.png" not in figures and can_plot():
+        figures["memory.png"] = memory_figure(config)
     text = render_card(
         facts,
         repo_id=repo_id,
         config=config,
-        figures=[f"figures/{name}" for name in pictures],
+        figures=[f"figures/{name}" for name in sorted(figures)],
         license=None if license is None else Terms(license),
         datasets=dataset or [],
     )
-    for name, picture in pictures.items():
+    for name, picture in figures.items():
         target = output.parent / "figures" / name
         target.parent.mkdir(exist_ok=True)
-        if target.resolve() != picture.resolve():
-            shutil.copyfile(picture, target)
+        target.write_bytes(picture)
     output.write_text(str(text), encoding="utf-8")
-    typer.echo(f"wrote {output} with {len(pictures)} figures")
+    typer.echo(f"wrote {output} with {len(figures)} figures")
 
 
 def export_headwise(

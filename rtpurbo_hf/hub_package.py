@@ -18,6 +18,7 @@ import torch
 
 from .auto import RTPurboConfig, RTPurboForCausalLM
 from .cards import License, read_report, render_card
+from .memory_plot import can_plot, memory_figure
 from .modeling.export_rtpurbo import AUTO_MAP, code_files
 from .modeling.integrity_rtpurbo import INDEXER_FILE, explain_damage, load_indexer_file, shard_files
 from .modeling.push_rtpurbo import is_hub_id, is_weight_file, portable_config
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 CALIBRATION_FILE = "calibration.json"
 REPORT_FILE = "report.json"
+MEMORY_FIGURE = "figures/memory.png"
 WEIGHTS = ("saved", "adapter", "full")
 _SOURCE_RECORD = "rtpurbo_source.json"
 _BESIDE = re.compile(
@@ -272,10 +274,12 @@ def build_package(
     else:
         facts = read_report(report_path)
         add(REPORT_FILE, report_path)
+    if MEMORY_FIGURE not in contents and config.retrieval_heads is not None and can_plot():
+        add(MEMORY_FIGURE, memory_figure(config))
     terms = _license(license, config, record, token=token)
     if terms is None and facts.get("license") is None:
         notes.append("the base model's licence is unknown: give it with license=")
-    listed = [f"figures/{name}" for name in dict.fromkeys(picture.name for picture in pictures)]
+    listed = [path for path in sorted(contents) if path.startswith("figures/")]
     if record.get("upstream"):
         facts = {"upstream": record["upstream"], **facts}
     card = render_card(

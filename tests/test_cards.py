@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from families import tiny_base
 from hub_steps import REPORT
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from rtpurbo_hf import cli_hub
+from rtpurbo_hf.auto import RTPurboConfig
 from rtpurbo_hf.cards import License, eval_results, read_report, render_card
+from rtpurbo_hf.memory_plot import memory_figure
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "hub_cards" / "examples"
 
@@ -73,6 +76,18 @@ def test_figures_are_shown_in_order_with_captions():
     text = str(render_card(REPORT, figures=["figures/heads.png", "figures/decode_speed.png"]))
     assert text.index("](figures/heads.png)") < text.index("](figures/decode_speed.png)")
     assert "Retrieval score of every query head" in text
+
+
+def test_memory_figure_follows_the_config(tmp_path):
+    config = RTPurboConfig(base_config=tiny_base().config, retrieval_heads=[[0], [], [1], []])
+    png = memory_figure(config)
+    assert png.startswith(b"\x89PNG")
+    assert png == memory_figure(config), "a dry run's sizes are those of the push"
+    config.retrieval_heads = [[0, 1, 2, 3]] * 4
+    assert memory_figure(config) != png
+    config.retrieval_heads = None
+    with pytest.raises(ValueError, match="no retrieval heads"):
+        memory_figure(config)
 
 
 def test_licence_is_inherited():

@@ -177,7 +177,11 @@ def test_one_commit_holds_everything(hub, outcome):
     wanted = {"config.json", "generation_config.json", INDEXER, "tokenizer.json", "calibration.json"}
     wanted |= {"report.json", "README.md", "figures/heads.png", *CODE}
     assert wanted <= set(files)
-    assert {name for name, entry in files.items() if "lfs" in entry} == {INDEXER, "figures/heads.png"}
+    assert {name for name, entry in files.items() if "lfs" in entry} == {
+        INDEXER,
+        "figures/heads.png",
+        "figures/memory.png",
+    }
     for left in ("training_args.bin", ".env", "optimizer.pt", "model.safetensors"):
         assert not any(left in name for name in files)
 
