@@ -574,11 +574,6 @@ def sink_window_attention(
             sink_logits,
         )
         return out
-    if not isinstance(heads, torch.Tensor):
-        heads, kv_heads = (
-            index_tensor(tuple(heads), query.device),
-            index_tensor(tuple(kv_heads), query.device),
-        )
     if backend == "auto" and softcap is None and sink_logits is None:
         if sink_key is None or sink_value is None:
             sink_key, sink_value = gather_sinks(key, value, num_sinks=num_sinks, start=start)
@@ -586,8 +581,8 @@ def sink_window_attention(
             query,
             key,
             value,
-            heads=heads,
-            kv_heads=kv_heads,
+            heads=tuple(heads.tolist()) if isinstance(heads, torch.Tensor) else tuple(heads),
+            kv_heads=tuple(kv_heads.tolist()) if isinstance(kv_heads, torch.Tensor) else tuple(kv_heads),
             window=window,
             num_sinks=num_sinks,
             scale=scale,
@@ -597,6 +592,11 @@ def sink_window_attention(
             start=start,
             sink_key=sink_key,
             sink_value=sink_value,
+        )
+    if not isinstance(heads, torch.Tensor):
+        heads, kv_heads = (
+            index_tensor(tuple(heads), query.device),
+            index_tensor(tuple(kv_heads), query.device),
         )
     return sink_window_attention_reference(
         query,

@@ -6,6 +6,9 @@ backward, since no tile's scores are kept. No soft-cap and no learned sink logit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
@@ -14,13 +17,47 @@ from .common import starts
 TILE = 512
 
 
+def _visible(q_pos: torch.Tensor, k_pos: torch.Tensor, sinks: int, num_sinks: int, window: int) -> torch.Tensor:
+    """Bool `[B, rows, sinks + keys]` of logical positions `[B, rows]` and `[B, keys]`."""
+    distance = q_pos[:, :, None] - k_pos[:, None, :]
+    in_window = (distance >= 0) & (distance < window) & (k_pos >= num_sinks)[:, None, :]
+    in_sinks = q_pos[:, :, None] >= torch.arange(sinks, device=q_pos.device)
+    return torch.cat([in_sinks, in_window], -1)
+
+
+@lru_cache(maxsize=16)
+def _tile_mask(
+    rows: int,
+    keys: int,
+    q_first: int,
+    k_first: int,
+    sinks: int,
+    num_sinks: int,
+    window: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """The additive mask `[1, 1, rows, sinks + keys]` of an unpadded tile: the same for all layers and inner tiles."""
+    with torch.inference_mode(False), torch.no_grad():
+        q_pos = torch.arange(q_first, q_first + rows, device=device)[None]
+        k_pos = torch.arange(k_first, k_first + keys, device=device)[None]
+        seen = _visible(q_pos, k_pos, sinks, num_sinks, window)[:, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+
+
+def _groups(heads: tuple[int, ...], kv_heads: tuple[int, ...]) -> Iterator[tuple[int, list[int]]]:
+    """Each KV head with the query heads that read it."""
+    for kv_head in dict.fromkeys(kv_heads):
+        yield kv_head, [head for head, other in zip(heads, kv_heads, strict=True) if other == kv_head]
+
+
 def sink_window_attention_sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    heads: torch.Tensor,
-    kv_heads: torch.Tensor,
+    heads: tuple[int, ...],
+    kv_heads: tuple[int, ...],
     window: int,
     num_sinks: int,
     scale: float,
@@ -33,26 +70,30 @@ def sink_window_attention_sdpa(
 ) -> torch.Tensor:
     """As `sink_window_attention`; `sink_key` and `sink_value` `[B, Hkv, S, D]` are given by the caller."""
     batch, _, q_len, _ = query.shape
-    device, kv_len = query.device, key.shape[2]
-    first_slot = starts(start, 1 if start is None else batch, device)
-    sink_key, sink_value = sink_key[:, kv_heads], sink_value[:, kv_heads]
-    sink_pos = torch.arange(sink_key.shape[2], device=device)
-    query = query[:, heads]
-    # rows on padding see nothing and may come out as NaN: they are set to zero, as in the reference
+    device, kv_len, sinks = query.device, key.shape[2], sink_key.shape[2]
+    first_slot = starts(start, batch, device)[:, None]
     for first in range(0, q_len, TILE):
         last = min(first + TILE, q_len)
         low = max(q_start + first - window + 1 - kv_start, 0)
         high = min(q_start + last - kv_start, kv_len)
-        k = torch.cat([sink_key, key[:, kv_heads, low:high]], 2)
-        v = torch.cat([sink_value, value[:, kv_heads, low:high]], 2)
-        # [B or 1, rows], [B or 1, keys]: logical positions
-        q_pos = torch.arange(q_start + first, q_start + last, device=device) - first_slot[:, None]
-        k_pos = torch.arange(kv_start + low, kv_start + high, device=device) - first_slot[:, None]
-        distance = q_pos[:, :, None] - k_pos[:, None, :]
-        in_window = (distance >= 0) & (distance < window) & (k_pos >= num_sinks)[:, None, :]
-        mask = torch.cat([q_pos[:, :, None] >= sink_pos, in_window], -1)[:, None]
-        tile = F.scaled_dot_product_attention(query[:, :, first:last], k, v, attn_mask=mask, scale=scale)
-        if start is not None:
-            tile = torch.where((q_pos >= 0)[:, None, :, None], tile, 0.0)
-        out[:, first:last, heads] = tile.transpose(1, 2).to(out.dtype)
+        real = None
+        if start is None:
+            # beyond the sinks only the distance between rows and keys matters: inner tiles share one mask
+            shift = max(min(kv_start + low, q_start + first) - num_sinks, 0)
+            where = q_start + first - shift, kv_start + low - shift
+            mask = _tile_mask(last - first, high - low, *where, sinks, num_sinks, window, query.dtype, device)
+        else:
+            q_pos = torch.arange(q_start + first, q_start + last, device=device) - first_slot
+            k_pos = torch.arange(kv_start + low, kv_start + high, device=device) - first_slot
+            mask = _visible(q_pos, k_pos, sinks, num_sinks, window)[:, None]
+            real = (q_pos >= 0)[:, None, :, None]
+        for kv_head, group in _groups(heads, kv_heads):
+            at = slice(kv_head, kv_head + 1)
+            k = torch.cat([sink_key[:, at], key[:, at, low:high]], 2).expand(-1, len(group), -1, -1)
+            v = torch.cat([sink_value[:, at], value[:, at, low:high]], 2).expand(-1, len(group), -1, -1)
+            tile = F.scaled_dot_product_attention(query[:, group, first:last], k, v, attn_mask=mask, scale=scale)
+            if real is not None:
+                # rows on padding see nothing and may come out as NaN: zero, as in the reference
+                tile = torch.where(real, tile, 0.0)
+            out[:, first:last, group] = tile.transpose(1, 2).to(out.dtype)
     return out

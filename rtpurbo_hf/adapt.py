@@ -311,7 +311,8 @@ def _stage1(
         report_to=report_to,
         use_cpu=model.device.type == "cpu",
     )
-    trainer = IndexerTrainer(model=model, args=arguments, train_dataset=blocks.train, eval_dataset=blocks.held_out)
+    held_out = _part(blocks.held_out, 0, 2)
+    trainer = IndexerTrainer(model=model, args=arguments, train_dataset=blocks.train, eval_dataset=held_out)
     checkpoints = sorted((output / "trainer").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(checkpoints) or None)
     return trainer

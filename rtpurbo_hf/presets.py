@@ -76,8 +76,8 @@ PRESETS = {
         rows_per_document=32,
         learning_rate=3e-3,
         eval_blocks=4,
-        eval_prompts=6,
-        eval_rows=256,
+        eval_prompts=5,
+        eval_rows=512,
     ),
 }
 
