@@ -227,6 +227,10 @@ def _made(report: Mapping[str, Any]) -> dict[str, Any] | None:
     for key, title in (("data", "Data"), ("seed", "Seed")):
         if report.get(key) is not None:
             facts.append((title, _line(report[key])))
+    weights = WHEEL_WEIGHTS.get(report.get("model", ""))
+    source = report.get("base_file") or (weights and weights.filename)
+    if source:
+        facts.append(("Base weights in training and figures", f"dequantised from {_line(source)}"))
     seconds = _number(report.get("seconds", {}).get("total"))
     if seconds is not None:
         facts.append(("Seconds in all", f"{seconds:.0f}"))

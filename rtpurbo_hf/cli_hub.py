@@ -139,10 +139,10 @@ def card(
         license=None if license is None else Terms(license),
         datasets=dataset or [],
     )
-    for name, picture in figures.items():
+    for name, content in figures.items():
         target = output.parent / "figures" / name
         target.parent.mkdir(exist_ok=True)
-        target.write_bytes(picture)
+        target.write_bytes(content)
     output.write_text(str(text), encoding="utf-8")
     typer.echo(f"wrote {output} with {len(figures)} figures")
 

@@ -35,6 +35,7 @@ _BESIDE = re.compile(
     r"|(?:tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(?:jinja|json)|generation_config\.json"
     r"|(?:LICENSE|NOTICE)(?:[-_.][\w.-]*)?"
 )
+_TERMS = re.compile(r"(?:LICENSE|NOTICE|\w+_TERMS)(?:[-_.][\w.-]*)?")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -227,6 +228,7 @@ def build_package(
     found = find_checkpoint(source)
     config = RTPurboConfig.from_pretrained(found.folder)
     record = _record_of_base(config)
+    base_folder = config.base_model_name_or_path or ""
     saved, paths = _saved_weights(found.folder, config)
     shape = saved if weights == "saved" else weights
     contents: dict[str, PackageFile] = {}
@@ -254,6 +256,11 @@ def build_package(
     for path in sorted(found.folder.iterdir()):
         if path.is_file() and _BESIDE.fullmatch(path.name):
             add(path.name, path)
+    if shape == "full" and record:
+        # weights of a local base travel with the terms that lie beside them
+        for path in sorted(Path(base_folder).iterdir()):
+            if path.is_file() and _TERMS.fullmatch(path.name):
+                contents.setdefault(path.name, PackageFile(path.name, path, path.stat().st_size))
     if not any(name in contents for name in _TOKENIZER):
         notes.append("no tokenizer lies with this checkpoint: users have to load the base model's")
     if found.calibration is not None:
@@ -282,6 +289,10 @@ def build_package(
     listed = [path for path in sorted(contents) if path.startswith("figures/")]
     if record.get("upstream"):
         facts = {"upstream": record["upstream"], **facts}
+    if record.get("file"):
+        facts = {"base_file": record["file"], **facts}
+        if shape == "adapter" and base is not None:
+            notes.append(f"trained and measured on {record['file']}, dequantised: users will run it on {base}")
     card = render_card(
         facts, repo_id=repo_id, config=config, figures=listed, license=terms, datasets=datasets, shape=shape
     )

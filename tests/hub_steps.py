@@ -155,6 +155,8 @@ def main(work: Path) -> None:
     first.save_pretrained(work / "by-save", push_to_hub=True, repo_id="alice/by-save", commit_message="by saving")
     first.push_to_hub("alice/adapter", adapter_only=True, create_pr=True, token="bob-token")
 
+    (work / "base1" / "NOTICE.md").write_text("terms")
+    (work / "base1" / "rtpurbo_source.json").write_text('{"sha256": "0", "license": "mit", "upstream": "alice/up"}')
     local = wrapped(str(work / "base1"), seed=3, name=str(work / "base1"))
     nowhere = make_run(work / "nowhere", local)
     outcome["local_base"] = list(push(nowhere, "alice/nowhere", dry_run=True).package.problems)

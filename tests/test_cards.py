@@ -159,10 +159,11 @@ def test_command_writes_card_and_figures(tmp_path):
     assert isinstance(CliRunner().invoke(app, arguments).exception, ValueError), "an existing card is not replaced"
 
 
-@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="no example yet")
 def test_example_card_is_what_its_report_gives():
     report = read_report(EXAMPLES / "report.json")
-    text = (EXAMPLES / "README.md").read_text()
-    pictures = sorted(path.name for path in (EXAMPLES / "figures").iterdir())
-    assert len(pictures) >= 2
-    assert text.strip() == str(render_card(report, figures=[f"figures/{name}" for name in pictures])).strip()
+    config = RTPurboConfig.from_pretrained(EXAMPLES)
+    figures = [f"figures/{path.name}" for path in sorted((EXAMPLES / "figures").iterdir())]
+    assert figures == ["figures/heads.png", "figures/losses.png", "figures/memory.png"]
+    options = {"license": License("apache-2.0"), "shape": "adapter", "repo_id": "OWNER/SmolLM2-135M-RTPurbo"}
+    card = render_card(report, config=config, figures=figures, **options)
+    assert str(card).strip() == (EXAMPLES / "README.md").read_text().strip()

@@ -264,6 +264,14 @@ def test_cards_on_the_hub(hub, outcome):
     assert mine["base_model"] == "alice/base"
 
 
+def test_full_weights_of_a_local_base_carry_its_terms(hub, outcome):
+    assert hub.store.content(hub.store.files("alice/nameless")["NOTICE.md"]) == b"terms"
+    card = metadata(hub, "alice/nameless")
+    assert card["license"] == "mit"
+    assert card["base_model"] == "alice/up"
+    assert "NOTICE.md" not in hub.store.files("alice/rebased")
+
+
 def test_push_command_lists_a_dry_run(work, outcome):
     app = typer.Typer()
     cli_hub.register(app)
