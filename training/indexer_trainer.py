@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -21,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling.attention_rtpurbo import AttentionInputs
+from ..modeling.indexer_rtpurbo import RTPurboIndexer
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from .activation_cache import ActivationCache, CachedDocument, cache_nbytes
 from .indexer_arguments import IndexerTrainingArguments
@@ -85,7 +86,7 @@ class CachedIndexers(nn.Module):
         losses: dict[int, torch.Tensor] = {}
         for layers, weight in documents:
             for layer, data in layers.items():
-                kl = layer_kl(self.layers[str(layer)], data, weight)
+                kl = layer_kl(cast(RTPurboIndexer, self.layers[str(layer)]), data, weight)
                 losses[layer] = losses[layer] + kl if layer in losses else kl
         return losses
 
@@ -211,7 +212,7 @@ class IndexerTrainer(Trainer):
         weight, by_layer = rows.weight, {}
 
         def layer_loss(seen: AttentionInputs) -> torch.Tensor | None:
-            if not seen.plan.retrieval:
+            if not isinstance(seen.indexer, RTPurboIndexer):
                 return None
             kl = layer_kl(seen.indexer, LayerRows.take(seen, rows.slots), weight)
             by_layer[seen.layer_idx] = kl
