@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from . import cli_hub
+
 app = typer.Typer(
     name="rtpurbo",
     help="Turn a full-attention Hugging Face LLM into a sparse one (RTPurbo), and run it.",
@@ -305,6 +307,9 @@ def bench_kernels(
 
     _device("cuda")
     run_kernel_benchmarks(preset, output, only=only)
+
+
+cli_hub.register(app)
 
 
 def main() -> None:

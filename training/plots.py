@@ -20,7 +20,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def plot_heads(calibration: Calibration, path: str | Path) -> None:
@@ -31,7 +31,7 @@ def plot_heads(calibration: Calibration, path: str | Path) -> None:
     layers = [layer for layer, row in enumerate(calibration.scores) if row]
     rows = [calibration.scores[layer] for layer in layers]
     heads = len(rows[0])
-    cell = max(0.16, min(0.45, 14 / max(heads, len(layers))))
+    cell = max(0.16, min(0.3, 12 / max(heads, len(layers))))
     figure = _figure(max(4.5, heads * cell + 2.0), max(2.2, len(layers) * cell + 1.2))
     axes = figure.subplots()
     shown = [[max(score, 1e-3) for score in row] for row in rows]
