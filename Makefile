@@ -12,11 +12,12 @@ CHECKED := $(ROOMS) tests
 BENCH ?= kernels --output build/bench
 
 .NOTPARALLEL:
-.PHONY: help demo test lint format typecheck bench clean
+.PHONY: help demo test test-lowest lint format typecheck bench clean
 
 help:
 	@echo "make demo       adapt SmolLM2-135M to RTPurbo on this machine, report in build/demo"
 	@echo "make test       lint, type checks and all tests"
+	@echo "make test-lowest   what depends on transformers, on the lowest version that setup.cfg declares"
 	@echo "make lint       ruff: rules and formatting"
 	@echo "make format     let ruff format the code"
 	@echo "make typecheck  mypy"
@@ -42,6 +43,20 @@ demo: $(VENV)/.installed-demo
 
 test: lint typecheck
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The contract with transformers, in an environment of its own with the oldest release that is declared.
+LOWEST := transformers==5.17.0
+CONTRACT := tests/test_config.py tests/test_families.py tests/test_generate.py tests/test_checkpoint.py tests/test_hub.py
+
+$(VENV)-lowest/.installed: setup.cfg
+	@echo "Creating $(VENV)-lowest with $(LOWEST)"
+	@$(PYTHON) -m venv $(VENV)-lowest
+	@$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check --quiet "$(TORCH)"
+	@$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check --quiet "$(LOWEST)" --editable ".[test]"
+	@touch $@
+
+test-lowest: $(VENV)-lowest/.installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile $(CONTRACT)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check $(CHECKED)
