@@ -169,7 +169,8 @@ def adapt(
     with clock("calibrate"):
         calibration = _calibration(output, model, blocks, settings, seed)
     with clock("train"):
-        trainer = _stage1(output, model, calibration, blocks, settings, seed, report_to)
+        chosen = [list(heads) for heads in calibration.retrieval_heads]
+        trainer = _stage1(output, model, chosen, blocks, settings, seed, report_to)
         stage1 = trainer.evaluate()
     with clock("save and reload"):
         adapter = _save(output, model, source, calibration)
@@ -188,6 +189,7 @@ def adapt(
     report = {
         "model": source.name,
         "settings": dataclasses.asdict(settings),
+        "data": data if isinstance(data, str) else [str(name) for name in data],
         "retrieval_heads": sum(map(len, calibration.retrieval_heads)),
         "query_heads": len(model.converted()) * model.config.get_text_config().num_attention_heads,
         "dense": figures["dense"],
@@ -247,7 +249,7 @@ def wrap(source: BaseModel, settings: Preset) -> RTPurboForCausalLM:
 def train_adapter(
     base: str,
     output: str | Path,
-    calibration: Calibration,
+    heads: Calibration | list[list[int]],
     *,
     settings: Preset,
     data: Any = "system",
@@ -258,25 +260,27 @@ def train_adapter(
 ) -> tuple[Path, dict[str, float]]:
     """Stage 1 alone, on given retrieval heads: the adapter's folder, and figures on held-out text.
 
-    Arguments and errors as in `adapt`; `calibration` names the heads.
+    Arguments and errors as in `adapt`; `heads` is a calibration, or a list of query heads for each layer.
     """
     output = Path(output)
     source = load_base(base, dtype=dtype, device=device)
     model = wrap(source, settings)
     blocks = _data(data, source.tokenizer, settings, seed)
     _claim(output, source, settings, seed, data)
-    trainer = _stage1(output, model, calibration, blocks, settings, seed, report_to)
+    chosen = [list(h) for h in heads.retrieval_heads] if isinstance(heads, Calibration) else heads
+    trainer = _stage1(output, model, chosen, blocks, settings, seed, report_to)
     metrics = trainer.evaluate()
     plot_losses(trainer.state.log_history, output / "losses.png")
-    return _save(output, model, source, calibration), metrics
+    return _save(output, model, source, heads if isinstance(heads, Calibration) else None), metrics
 
 
-def _save(output: Path, model: RTPurboForCausalLM, source: BaseModel, calibration: Calibration) -> Path:
+def _save(output: Path, model: RTPurboForCausalLM, source: BaseModel, calibration: Calibration | None) -> Path:
     adapter = output / "adapter"
     model.eval()
     model.save_pretrained(adapter, adapter_only=True)
     source.tokenizer.save_pretrained(adapter)
-    calibration.save(adapter / CALIBRATION_FILE)
+    if calibration is not None:
+        calibration.save(adapter / CALIBRATION_FILE)
     return adapter
 
 
@@ -292,9 +296,9 @@ def _calibration(output: Path, model, blocks: _Data, settings: Preset, seed: int
 
 
 def _stage1(
-    output: Path, model, calibration: Calibration, blocks: _Data, settings: Preset, seed: int, report_to
+    output: Path, model, heads: list[list[int]], blocks: _Data, settings: Preset, seed: int, report_to
 ) -> IndexerTrainer:
-    model.set_retrieval_heads([list(heads) for heads in calibration.retrieval_heads])
+    model.set_retrieval_heads(heads)
     documents = list(blocks.calibration.input_ids[:1])
     initialise_indexers(model, documents, method=settings.initialisation, seed=seed)
     arguments = IndexerTrainingArguments(

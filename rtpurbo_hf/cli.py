@@ -185,7 +185,7 @@ def calibrate(
 def train_indexer(
     base: Base,
     output: Output,
-    heads: Annotated[Path, typer.Option(help="calibration.json of `rtpurbo calibrate`.")],
+    heads: Annotated[Path, typer.Option(help="JSON of `rtpurbo calibrate` or `rtpurbo import-heads`.")],
     preset: Annotated[str, typer.Option(help="Settings to start from: default, paper or demo.")] = "default",
     context: Annotated[int | None, typer.Option(help="Tokens in a block.")] = None,
     window: Annotated[int | None, typer.Option(help="Sliding window of local heads.")] = None,
@@ -199,15 +199,18 @@ def train_indexer(
 ) -> None:
     """Train the indexers of given retrieval heads (stage 1) and save an adapter; goes on after an interruption."""
     from .adapt import train_adapter
+    from .interop import parse_json
     from .presets import preset as named
     from .training.calibration import Calibration
 
+    record = parse_json(heads.read_text(encoding="utf-8"), heads)
+    plain = isinstance(record, dict) and "scores" not in record
     settings = named(preset, context=context, sliding_window=window, steps=steps, train_blocks=train_blocks)
     device = _device(device)
     adapter, metrics = train_adapter(
         base,
         output,
-        Calibration.load(heads),
+        record.get("retrieval_heads", []) if plain else Calibration.load(heads),
         settings=settings,
         data=data or "system",
         seed=seed,

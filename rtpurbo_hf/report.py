@@ -11,7 +11,7 @@ _ROWS = (
     ("perplexity", "Perplexity (held-out text, decode emulation)", "{:.3f}"),
     ("retrieval_accuracy", "Key-value retrieval, exact match", "{:.1%}"),
     ("top1_agreement", "Top-1 agreement with dense", "{:.1%}"),
-    ("kl", "KL(dense || variant), nats", "{:.4f}"),
+    ("kl", "KL to the dense model, nats", "{:.4f}"),
 )
 
 

@@ -95,6 +95,9 @@ def test_calibrate_then_train_indexer(workplace):
     common = ("--data", "texts", "--context", "640", "--device", "cpu")
     rtpurbo(workplace, "train-indexer", "base", "--heads", "heads/calibration.json", *common, *options)
     assert (workplace / "trained" / "adapter" / "rtpurbo_indexer.safetensors").exists()
+    (workplace / "plain.json").write_text(json.dumps({"retrieval_heads": [[0], [1, 2]]}))
+    rtpurbo(workplace, "train-indexer", "base", "--heads", "plain.json", *common, *options[:-1], "plain")
+    assert (workplace / "plain" / "adapter" / "rtpurbo_indexer.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_wheel_holds_every_source_file_and_nothing_else(wheel, checkout):
         names = set(archive.namelist())
     code = {name for name in names if name.endswith(".py")}
     assert code == {inside for inside, _ in source_files(checkout)}
-    cards = {f"rtpurbo_hf/hub_cards/{p.name}" for p in (checkout / "hub_cards").iterdir() if p.name[0] != "."}
+    cards = {f"rtpurbo_hf/hub_cards/{p.name}" for p in (checkout / "hub_cards").iterdir() if p.is_file()}
     assert cards <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"rtpurbo_hf"}
 
