@@ -134,13 +134,20 @@ def _record_of_base(config: RTPurboConfig) -> dict[str, Any]:
     return json.loads((Path(base) / _SOURCE_RECORD).read_text(encoding="utf-8"))
 
 
+def _unreachable(error: Exception) -> bool:
+    """Whether a Hub call failed on the network; the client's transport errors belong to its HTTP library (httpx)."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0].startswith("httpx")
+
+
 def _license_on_hub(base: str, token) -> License | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         data = HfApi(token=token).model_info(base).card_data
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, HfHubHTTPError) and not _unreachable(error):
+            raise
         logger.warning("the licence of %s is unknown (%s); give it with license=", base, type(error).__name__)
         return None
     if data is None or not data.license:
@@ -155,7 +162,9 @@ def _pinned(base: str, token) -> str | None:
 
     try:
         return HfApi(token=token).model_info(base).sha
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, HfHubHTTPError) and not _unreachable(error):
+            raise
         logger.warning("%s cannot be pinned to a commit (%s)", base, type(error).__name__)
         return None
 
