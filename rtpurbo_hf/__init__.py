@@ -15,7 +15,7 @@ _PUBLIC = {
     "RTPurboForCausalLM": "auto",
     "RTPurboCache": "modeling.cache_rtpurbo",
     "load_base": "sources",
-    "adapt": "adapt",
+    "adapt": "adaptation",
     "calibrate": "training.calibration",
     "Calibration": "training.calibration",
     "initialise_indexers": "training.indexer_init",

@@ -109,7 +109,7 @@ def adapt(
     report_to: Annotated[str, typer.Option(help="As in transformers: none, tensorboard, wandb, ...")] = "none",
 ) -> None:
     """Calibrate, train the indexer, save an adapter, load it again, and report what was gained and lost."""
-    from .adapt import adapt as run
+    from .adaptation import adapt as run
     from .presets import preset as named
     from .report import markdown
 
@@ -198,7 +198,7 @@ def train_indexer(
     report_to: Annotated[str, typer.Option(help="As in transformers: none, tensorboard, wandb, ...")] = "none",
 ) -> None:
     """Train the indexers of given retrieval heads (stage 1) and save an adapter; goes on after an interruption."""
-    from .adapt import train_adapter
+    from .adaptation import train_adapter
     from .interop import parse_json
     from .presets import preset as named
     from .training.calibration import Calibration

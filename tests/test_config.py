@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 
 import pytest
 import torch
@@ -96,3 +97,12 @@ def test_resizing_embeddings_keeps_configs_in_step():
     model.resize_token_embeddings(101)
     assert model.config.vocab_size == 101
     assert model(torch.zeros(1, 3, dtype=torch.long)).logits.shape[-1] == 101
+
+
+def test_public_names_stay_what_they_are():
+    """A module of the same name would take a function's place once it is imported."""
+    import rtpurbo_hf
+
+    for _ in range(2):
+        for name in rtpurbo_hf.__all__:
+            assert not isinstance(getattr(rtpurbo_hf, name), types.ModuleType), name
