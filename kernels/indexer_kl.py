@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from .common import masked_softmax, row_tiles, soft_cap, starts, use_triton
+from .custom_op import needs_grad
 from .indexer_kl_triton import MAX_HEAD_DIM, MAX_INDEX_DIM, indexer_kl_triton
 from .top_p import index_scores_reference
 
@@ -114,8 +115,7 @@ class _IndexerKL(torch.autograd.Function):
     """Loss and gradients in one go: what `compute` makes in the forward, the backward only scales."""
 
     @staticmethod
-    def forward(ctx, index_query, index_key, query, key, compute, options):
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, index_query, index_key, query, key, wanted, compute, options):
         loss, grad_query, grad_key = compute(query, key, index_query, index_key, gradient=wanted, **options)
         if wanted:
             ctx.save_for_backward(grad_query, grad_key, options["index_heads"])
@@ -131,7 +131,7 @@ class _IndexerKL(torch.autograd.Function):
         into = grad_key.new_zeros(shape)
         # sums in a fixed order, as index_add_ on a GPU does not
         into.transpose(0, 1).index_put_((index_heads,), (grad_key * scaled).transpose(0, 1), accumulate=True)
-        return (grad_query * scaled).to(query_dtype), into.to(key_dtype), None, None, None, None
+        return (grad_query * scaled).to(query_dtype), into.to(key_dtype), None, None, None, None, None
 
 
 def indexer_kl(
@@ -215,4 +215,6 @@ def indexer_kl(
         "softcap": softcap,
     }
     compute = indexer_kl_triton if fused and fits else _indexer_kl_tiled
-    return _IndexerKL.apply(index_query, index_key, query, key, compute, options)
+    # a Function cannot tell by itself that gradients are off
+    wanted = needs_grad(index_query, index_key)
+    return _IndexerKL.apply(index_query, index_key, query, key, wanted, compute, options)

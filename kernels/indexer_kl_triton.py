@@ -16,7 +16,7 @@ streamed, and its products with `[high | high]` and `[low | low]` of the fixed s
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,10 +61,8 @@ if HAS_TRITON:
         return tl.load(p_tile, mask=(o_row < limit)[:, None] & (o_column < COLUMNS)[None, :], other=0.0)
 
     @triton.jit
-    def _load_fixed(
-        p_base, o_row, limit, o_column, INDEX_DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr
-    ):
-        """`[high | high]` and `[low | low]` of contiguous rows `[high | low]`; without a split, the rows and nothing."""
+    def _load_fixed(p_base, o_row, limit, o_column, INDEX_DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
+        """`[high | high]` and `[low | low]` of contiguous rows `[high | low]`; without a split, the rows themselves."""
         p_rows = p_base + o_row.to(tl.int64)[:, None] * WIDTH + (o_column % INDEX_DIM)[None, :]
         m_load = (o_row < limit)[:, None] & (o_column < WIDTH)[None, :]
         b_high = tl.load(p_rows, mask=m_load, other=0.0)
@@ -286,12 +284,18 @@ if HAS_TRITON:
 
 
 class _Launch(NamedTuple):
-    """Length of the fixed tile, of the streamed tiles, warps and stages."""
+    """Length of the fixed tile and of the streamed tiles, warps, stages, and at most so many registers a thread."""
 
     fixed: int
     streamed: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 def _launch(query: torch.Tensor) -> _Launch:
@@ -301,7 +305,8 @@ def _launch(query: torch.Tensor) -> _Launch:
         return _Launch(64, 32, 4, 1)
     hopper = torch.cuda.get_device_capability(query.device)[0] >= 9
     if query.shape[3] <= 128:
-        return _Launch(128, 64, 8, 3 if hopper else 2)
+        # 128 registers: two programs on a multiprocessor, one multiplies while the other takes exponentials
+        return _Launch(128, 64, 8, 3, 128) if hopper else _Launch(128, 32, 8, 2)
     return _Launch(128 if hopper else 64, 32, 8, 2)
 
 
@@ -314,7 +319,7 @@ def _split(vectors: torch.Tensor) -> torch.Tensor:
 def _row_tiles_of_keys(
     q_slots: torch.Tensor, weight: torch.Tensor, first_slot: torch.Tensor, kv_len: int, block_m: int, block_n: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each key tile, int32 `[B, key tiles]`: no row tile before `first` sees it, each from `full` on sees all of it.
+    """Per key tile, int32 `[B, key tiles]`: no row tile before `first` sees it, each from `full` on sees all of it.
 
     Exact for ascending rows; for others a safe bound. Rows without weight are of no account.
     """
@@ -386,7 +391,7 @@ def indexer_kl_triton(
         scale_arg, softcap_arg = 2 * scale / softcap * _LOG2E, softcap * _LOG2E
     places = heads, kv_heads, index_heads
     sizes = *query.stride()[:3], *key.stride()[:3], n, index_key.shape[1], q_len, kv_len, scale_arg, softcap_arg
-    shapes = {
+    shapes: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "INDEX_DIM": index_dim,
@@ -396,8 +401,7 @@ def indexer_kl_triton(
         "SOFTCAP": softcap is not None,
         "SPLIT": split,
         "PRECISION": "tf32" if split else "ieee",
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
+        **launch.options,
     }
     with torch.cuda.device_of(query):
         _rows_kernel[(triton.cdiv(q_len, launch.fixed) * n * batch,)](

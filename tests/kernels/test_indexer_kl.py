@@ -1,4 +1,4 @@
-"""The stage-1 loss: the Triton kernels and the tiled torch path against the fp32 reference differentiated by autograd."""
+"""The stage-1 loss: the Triton kernels and the tiled torch path against the fp32 reference under autograd."""
 
 import math
 
@@ -51,7 +51,8 @@ def check(arguments, backend):
     expected = loss_and_gradients(indexer_kl_reference, arguments)
     found = loss_and_gradients(indexer_kl, arguments, backend=backend)
     for ours, reference in zip(found, expected, strict=True):
-        assert ours.shape == reference.shape and bool(torch.isfinite(ours).all())
+        assert ours.shape == reference.shape
+        assert bool(torch.isfinite(ours).all())
         error = (ours - reference).norm() / reference.norm().clamp_min(1e-30)
         assert error < TOLERANCE[arguments["query"].dtype]
     return found
@@ -142,7 +143,7 @@ def test_reference_backend_is_the_reference():
 
 
 @pytest.mark.parametrize(
-    "wrong, backend, message",
+    ("wrong", "backend", "message"),
     [
         ({}, "flash", "must be one of"),
         ({"head_dim": 320}, "triton", "head_dim <= 256"),
