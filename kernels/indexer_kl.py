@@ -17,6 +17,7 @@ from .top_p import index_scores_reference
 
 # stands for a score that is not visible; its exponential is 0, and the difference of two of them is 0 and not NaN
 _HIDDEN = -1e30
+_FEW_ROWS = 128
 
 
 def _row_weights(q_slots: torch.Tensor, first_slot: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
@@ -159,8 +160,8 @@ def indexer_kl(
         q_slots: int64 `[B, M]`, the slot of each sampled row; -1 marks a row that does not count.
         scale: softmax scale of the teacher. start, softcap: as everywhere.
         row_weight: fp32 `[B, M]`, the weight (>= 0) of each row; None: the mean over all rows that count.
-        backend: `"auto"` (Triton for half precision queries on CUDA, else tiles of rows in torch), `"triton"` or
-            `"reference"`. The kernels take head_dim <= 256 and r <= 64; `"auto"` leaves others to torch.
+        backend: `"auto"` (Triton for 128 rows and more of half precision on CUDA, else tiles of rows in torch),
+            `"triton"` or `"reference"`. The kernels take head_dim <= 256 and r <= 64; `"auto"` leaves others to torch.
 
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or a size that `"triton"` cannot serve.
@@ -198,7 +199,8 @@ def indexer_kl(
     first_slot = starts(start, query.shape[0], query.device)
     weight = _row_weights(q_slots, first_slot, row_weight)
     fits = query.shape[3] <= MAX_HEAD_DIM and index_query.shape[3] <= MAX_INDEX_DIM
-    fused = use_triton(backend, query)
+    # one program for a tile of rows of a head: fewer rows than a tile would leave most of a device idle
+    fused = use_triton(backend, query) and (backend == "triton" or query.shape[2] >= _FEW_ROWS)
     if backend == "triton" and not fits:
         raise ValueError(
             f"backend='triton' takes head_dim <= {MAX_HEAD_DIM} and index_dim <= {MAX_INDEX_DIM}, got "
