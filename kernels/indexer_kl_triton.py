@@ -298,16 +298,19 @@ class _Launch(NamedTuple):
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
-def _launch(query: torch.Tensor) -> _Launch:
+def _launch(query: torch.Tensor, index_dim: int) -> _Launch:
+    """By device capability, element size, head_dim and the width of the index."""
     if not query.is_cuda:
         return _Launch(32, 16, 1, 1)
     if query.element_size() > 2:
         return _Launch(64, 32, 4, 1)
     hopper = torch.cuda.get_device_capability(query.device)[0] >= 9
-    if query.shape[3] <= 128:
-        # 128 registers: two programs on a multiprocessor, one multiplies while the other takes exponentials
-        return _Launch(128, 64, 8, 3, 128) if hopper else _Launch(128, 32, 8, 2)
-    return _Launch(128 if hopper else 64, 32, 8, 2)
+    if index_dim > 32 or (query.shape[3] > 128 and not hopper):
+        return _Launch(64, 32, 4, 2)
+    if query.shape[3] > 128 or not hopper:
+        return _Launch(128, 32, 8, 2)
+    # 128 registers: two programs on a multiprocessor, one multiplies while the other takes exponentials
+    return _Launch(128, 64, 8, 3, 128)
 
 
 def _split(vectors: torch.Tensor) -> torch.Tensor:
@@ -376,7 +379,7 @@ def indexer_kl_triton(
     q_slots, weight = q_slots.contiguous(), weight.contiguous()
     largest = weight.amax().clamp_min(torch.finfo(torch.float32).tiny)
     relative = weight / largest
-    launch = _launch(query)
+    launch = _launch(query, index_dim)
     lse_shape = batch, n, q_len
 
     def empty(*shape: int) -> torch.Tensor:
