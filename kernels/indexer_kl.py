@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import torch
 
-from .common import masked_softmax, row_tiles, soft_cap, starts
+from .common import masked_softmax, row_tiles, soft_cap, starts, use_triton
+from .custom_op import needs_grad
+from .indexer_kl_triton import MAX_HEAD_DIM, MAX_INDEX_DIM, indexer_kl_triton
 from .top_p import index_scores_reference
 
 # stands for a score that is not visible; its exponential is 0, and the difference of two of them is 0 and not NaN
 _HIDDEN = -1e30
+_FEW_ROWS = 128
 
 
 def _row_weights(q_slots: torch.Tensor, first_slot: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
@@ -61,56 +64,62 @@ def indexer_kl_reference(
     return total
 
 
-class _TiledKL(torch.autograd.Function):
-    """Loss and gradients in one pass over tiles of rows: nothing of size rows x keys outlives its tile."""
+def _indexer_kl_tiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    *,
+    heads: torch.Tensor,
+    kv_heads: torch.Tensor,
+    index_heads: torch.Tensor,
+    q_slots: torch.Tensor,
+    weight: torch.Tensor,
+    first_slot: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """As `indexer_kl_triton`, in torch: one tile of rows at a time, and nothing of rows x keys outlives its tile."""
+    batch, q_len = q_slots.shape
+    kv_len, device = key.shape[2], query.device
+    slots = torch.arange(kv_len, device=device)
+    teacher_query, teacher_key = query[:, heads].float(), key[:, kv_heads].float().transpose(-1, -2)
+    index_key_of = index_key[:, index_heads].float()
+    loss = torch.zeros(heads.numel(), device=device)
+    grad_query = torch.empty_like(index_query, dtype=torch.float32) if gradient else None
+    grad_key = torch.zeros_like(index_key_of) if gradient else None
+    for rows in row_tiles(q_len, heads.numel() * batch * kv_len):
+        hidden = (slots > q_slots[:, rows, None]) | (slots < first_slot[:, None, None])
+        hidden = hidden[:, None]
+        # [B, n, rows, keys]
+        teacher = soft_cap(torch.matmul(teacher_query[:, :, rows], teacher_key).mul_(scale), softcap)
+        teacher = teacher.masked_fill_(hidden, _HIDDEN)
+        student = torch.matmul(index_query[:, :, rows].float(), index_key_of.transpose(-1, -2))
+        student.masked_fill_(hidden, _HIDDEN)
+        teacher_norm = teacher.logsumexp(-1, keepdim=True)
+        student_norm = student.logsumexp(-1, keepdim=True)
+        probability = torch.exp(teacher - teacher_norm)
+        gap = torch.linalg.vecdot(probability, teacher.sub_(student))
+        row_weight = weight[:, None, rows]
+        kl = gap - (teacher_norm - student_norm).squeeze(-1)
+        # a row without weight may see no key at all
+        loss += torch.where(row_weight > 0, kl * row_weight, 0.0).sum((0, 2))
+        if grad_query is not None and grad_key is not None:
+            slope = student.sub_(student_norm).exp_().sub_(probability).mul_(row_weight[..., None])
+            grad_query[:, :, rows] = torch.matmul(slope, index_key_of)
+            grad_key += torch.matmul(slope.transpose(-1, -2), index_query[:, :, rows].float())
+    return loss, grad_query, grad_key
+
+
+class _IndexerKL(torch.autograd.Function):
+    """Loss and gradients in one go: what `compute` makes in the forward, the backward only scales."""
 
     @staticmethod
-    def forward(
-        ctx,
-        index_query,
-        index_key,
-        query,
-        key,
-        heads,
-        kv_heads,
-        index_heads,
-        q_slots,
-        weight,
-        scale,
-        first_slot,
-        softcap,
-    ):
-        batch, q_len = q_slots.shape
-        kv_len, device = key.shape[2], query.device
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        slots = torch.arange(kv_len, device=device)
-        teacher_query, teacher_key = query[:, heads].float(), key[:, kv_heads].float().transpose(-1, -2)
-        index_key_of = index_key[:, index_heads].float()
-        loss = torch.zeros(heads.numel(), device=device)
-        grad_query = torch.empty_like(index_query, dtype=torch.float32) if wanted else None
-        grad_key = torch.zeros_like(index_key_of) if wanted else None
-        for rows in row_tiles(q_len, heads.numel() * batch * kv_len):
-            hidden = (slots > q_slots[:, rows, None]) | (slots < first_slot[:, None, None])
-            hidden = hidden[:, None]
-            # [B, n, rows, keys]
-            teacher = soft_cap(torch.matmul(teacher_query[:, :, rows], teacher_key).mul_(scale), softcap)
-            teacher = teacher.masked_fill_(hidden, _HIDDEN)
-            student = torch.matmul(index_query[:, :, rows].float(), index_key_of.transpose(-1, -2))
-            student.masked_fill_(hidden, _HIDDEN)
-            teacher_norm = teacher.logsumexp(-1, keepdim=True)
-            student_norm = student.logsumexp(-1, keepdim=True)
-            probability = torch.exp(teacher - teacher_norm)
-            gap = torch.linalg.vecdot(probability, teacher.sub_(student))
-            row_weight = weight[:, None, rows]
-            kl = gap - (teacher_norm - student_norm).squeeze(-1)
-            # a row without weight may see no key at all
-            loss += torch.where(row_weight > 0, kl * row_weight, 0.0).sum((0, 2))
-            if wanted:
-                slope = student.sub_(student_norm).exp_().sub_(probability).mul_(row_weight[..., None])
-                grad_query[:, :, rows] = torch.matmul(slope, index_key_of)
-                grad_key += torch.matmul(slope.transpose(-1, -2), index_query[:, :, rows].float())
+    def forward(ctx, index_query, index_key, query, key, wanted, compute, options):
+        loss, grad_query, grad_key = compute(query, key, index_query, index_key, gradient=wanted, **options)
         if wanted:
-            ctx.save_for_backward(grad_query, grad_key, index_heads)
+            ctx.save_for_backward(grad_query, grad_key, options["index_heads"])
             ctx.shapes = index_key.shape, index_query.dtype, index_key.dtype
         return loss
 
@@ -120,8 +129,10 @@ class _TiledKL(torch.autograd.Function):
         grad_query, grad_key, index_heads = ctx.saved_tensors
         shape, query_dtype, key_dtype = ctx.shapes
         scaled = grad_loss.float()[None, :, None, None]
-        into = grad_key.new_zeros(shape).index_add_(1, index_heads, grad_key * scaled)
-        return (grad_query * scaled).to(query_dtype), into.to(key_dtype), *(None,) * 10
+        into = grad_key.new_zeros(shape)
+        # sums in a fixed order, as index_add_ on a GPU does not
+        into.transpose(0, 1).index_put_((index_heads,), (grad_key * scaled).transpose(0, 1), accumulate=True)
+        return (grad_query * scaled).to(query_dtype), into.to(key_dtype), None, None, None, None, None
 
 
 def indexer_kl(
@@ -138,8 +149,9 @@ def indexer_kl(
     start: torch.Tensor | None = None,
     softcap: float | None = None,
     row_weight: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """Per-head loss `[n]` in nats, fp32, with gradients for the index only; memory O(keys), whatever the rows.
+    """Per-head loss `[n]` in nats, fp32, with gradients for the index only; memory O(rows + keys).
 
     Args:
         query: `[B, Hq, M, D]` rotated queries of the sampled rows. `key`: `[B, Hkv, N, D]` rotated.
@@ -147,10 +159,12 @@ def indexer_kl(
         heads, kv_heads, index_heads: int64 `[n]`: query head, its row in `key`, its row in `index_key`.
         q_slots: int64 `[B, M]`, the slot of each sampled row; -1 marks a row that does not count.
         scale: softmax scale of the teacher. start, softcap: as everywhere.
-        row_weight: fp32 `[B, M]`, the weight of each row; None: the mean over all rows that count.
+        row_weight: fp32 `[B, M]`, the weight (>= 0) of each row; None: the mean over all rows that count.
+        backend: `"auto"` (Triton for 128 rows and more of half precision on CUDA, else tiles of rows in torch),
+            `"triton"` or `"reference"`. The kernels take head_dim <= 256 and r <= 64; `"auto"` leaves others to torch.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, an unknown backend, or a size that `"triton"` cannot serve.
     """
     n = heads.numel()
     if index_query.shape[:3] != (query.shape[0], n, query.shape[2]) or q_slots.shape != (
@@ -167,8 +181,42 @@ def indexer_kl(
         )
     if row_weight is not None and row_weight.shape != q_slots.shape:
         raise ValueError(f"row_weight must have the shape of q_slots {tuple(q_slots.shape)}, got {row_weight.shape}")
+    if backend == "reference":
+        return indexer_kl_reference(
+            query,
+            key,
+            index_query,
+            index_key,
+            heads=heads,
+            kv_heads=kv_heads,
+            index_heads=index_heads,
+            q_slots=q_slots,
+            scale=scale,
+            start=start,
+            softcap=softcap,
+            row_weight=row_weight,
+        )
     first_slot = starts(start, query.shape[0], query.device)
     weight = _row_weights(q_slots, first_slot, row_weight)
-    return _TiledKL.apply(
-        index_query, index_key, query, key, heads, kv_heads, index_heads, q_slots, weight, scale, first_slot, softcap
-    )
+    fits = query.shape[3] <= MAX_HEAD_DIM and index_query.shape[3] <= MAX_INDEX_DIM
+    # one program for a tile of rows of a head: fewer rows than a tile would leave most of a device idle
+    fused = use_triton(backend, query) and (backend == "triton" or query.shape[2] >= _FEW_ROWS)
+    if backend == "triton" and not fits:
+        raise ValueError(
+            f"backend='triton' takes head_dim <= {MAX_HEAD_DIM} and index_dim <= {MAX_INDEX_DIM}, got "
+            f"{query.shape[3]} and {index_query.shape[3]}: use 'auto'"
+        )
+    options = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "index_heads": index_heads,
+        "q_slots": q_slots,
+        "weight": weight,
+        "first_slot": first_slot,
+        "scale": scale,
+        "softcap": softcap,
+    }
+    compute = indexer_kl_triton if fused and fits else _indexer_kl_tiled
+    # a Function cannot tell by itself that gradients are off
+    wanted = needs_grad(index_query, index_key)
+    return _IndexerKL.apply(index_query, index_key, query, key, wanted, compute, options)

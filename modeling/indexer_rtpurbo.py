@@ -69,9 +69,10 @@ class RTPurboIndexer(nn.Module):
         """What `queries` and `keys` rotate by at positions `[B, M]`; the same in every layer. None: nothing rotates."""
         return index_rotation(positions, self.wavelengths, self.rotary_dim) if self.rotary_dim else None
 
-    def _project(
-        self, vectors: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None
+    def project(
+        self, vectors: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None = None
     ) -> torch.Tensor:
+        """Index vectors `[B, h, M, index_dim]` of `[B, h, M, D]` by a weight `[h, index_dim, D]`, rotated."""
         projected = torch.matmul(vectors.to(weight.dtype), weight.transpose(-1, -2))
         if self.rotary_dim == 0:
             return projected
@@ -84,9 +85,9 @@ class RTPurboIndexer(nn.Module):
     ) -> torch.Tensor:
         """Index queries `[B, n, M, index_dim]` of pre-RoPE queries `[B, Hq, M, D]` at positions `[B, M]`."""
         heads = index_tensor(self.plan.retrieval, query_pre.device)
-        return self._project(query_pre[:, heads], self.q_proj, positions, rotation)
+        return self.project(query_pre[:, heads], self.q_proj, positions, rotation)
 
     def keys(self, key_pre: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None = None) -> torch.Tensor:
         """Index keys `[B, I, M, index_dim]` of pre-RoPE keys `[B, Hkv, M, D]` at positions `[B, M]`."""
         heads = index_tensor(self.plan.index_key_kv, key_pre.device)
-        return self._project(key_pre[:, heads], self.k_proj, positions, rotation)
+        return self.project(key_pre[:, heads], self.k_proj, positions, rotation)

@@ -312,6 +312,23 @@ def bench_kernels(
     run_kernel_benchmarks(preset, output, only=only)
 
 
+@bench.command("training", epilog="Example: rtpurbo bench training --preset paper --output results/")
+def bench_training(
+    output: Output = Path("build/bench"),
+    preset: Annotated[str, typer.Option(help="paper or quick.")] = "quick",
+    only: Annotated[str | None, typer.Option(help="One case: stage1.")] = None,
+    name: Annotated[str, typer.Option(help="Basename of the result files.")] = "training",
+) -> None:
+    """Time training steps of an 8B model against its dense forward (CUDA, 80 GB); each figure is checked."""
+    from .benchmarks.training import run_training_benchmarks, summary
+
+    _device("cuda")
+    rows = run_training_benchmarks(preset, output, only=only, name=name)
+    typer.echo(summary(rows))
+    if any(row.extra["check"] != "ok" for row in rows):
+        raise ValueError("some results are wrong: see the rows whose check is red")
+
+
 cli_hub.register(app)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.common import index_tensor, masked_softmax, row_tiles, soft_cap, starts
+from ..kernels.custom_op import needs_grad
 from ..kernels.indexer_kl import indexer_kl
 from ..kernels.top_p import index_scores_reference, top_p_set_reference
 from ..modeling.attention_rtpurbo import AttentionInputs
@@ -60,11 +61,13 @@ class LayerRows:
 
     def index(self, indexer: RTPurboIndexer) -> tuple[torch.Tensor, torch.Tensor]:
         """Index queries `[B, n, R, r]` and keys `[B, I, N, r]`, fp32 whatever autocast says."""
-        plan = self.plan
-        queries = _at_heads(self.query_pre, plan.retrieval, plan.num_heads)
-        keys = _at_heads(self.key_pre, plan.full_kv, plan.num_kv_heads)
+        rows = tuple(self.plan.full_kv.index(kv_head) for kv_head in self.plan.index_key_kv)
+        key_pre = self.key_pre[:, index_tensor(rows, self.key_pre.device)]
         with torch.autocast(self.key.device.type, enabled=False):
-            return indexer.queries(queries, self.row_positions), indexer.keys(keys, self.positions)
+            return (
+                indexer.project(self.query_pre, indexer.q_proj, self.row_positions),
+                indexer.project(key_pre, indexer.k_proj, self.positions),
+            )
 
     @property
     def head_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,33 +77,54 @@ class LayerRows:
         return every, index_tensor(self.plan.retrieval_rows, device), index_tensor(self.plan.index_heads, device)
 
 
-def _at_heads(vectors: torch.Tensor, heads: tuple[int, ...], count: int) -> torch.Tensor:
-    """`[B, len(heads), M, D]` put at their places among `count` heads, as the indexer expects them."""
-    if len(heads) == count:
-        return vectors
-    placed = vectors.new_zeros(vectors.shape[0], count, *vectors.shape[2:])
-    return placed.index_copy_(1, index_tensor(heads, vectors.device), vectors)
+class _LayerKL(torch.autograd.Function):
+    """Loss of a layer's heads whose gradients are taken at once, so that nothing as long as the document is kept.
+
+    Heads are independent: with a key projection of its own for each, shared or not, the gradient of the sum over heads
+    is that of every one, and the backward weighs them.
+    """
+
+    @staticmethod
+    def forward(ctx, q_proj, k_proj, indexer, data, weight, wanted):
+        heads, kv_heads, index_heads = data.head_rows
+        leaves = q_proj.detach().requires_grad_(wanted), k_proj.detach()[index_heads].requires_grad_(wanted)
+        with torch.autocast(data.key.device.type, enabled=False), torch.set_grad_enabled(wanted):
+            kl = indexer_kl(
+                data.query,
+                data.key,
+                indexer.project(data.query_pre, leaves[0], data.row_positions),
+                indexer.project(data.key_pre[:, kv_heads], leaves[1], data.positions),
+                heads=heads,
+                kv_heads=kv_heads,
+                index_heads=heads,
+                q_slots=data.slots,
+                scale=data.scale,
+                start=data.start,
+                softcap=data.softcap,
+                row_weight=weight,
+            )
+            if wanted:
+                ctx.save_for_backward(*torch.autograd.grad(kl.sum(), leaves), index_heads)
+                ctx.key_shape = k_proj.shape
+        return kl.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_kl):
+        grad_q, grad_k, index_heads = ctx.saved_tensors
+        scaled = grad_kl[:, None, None]
+        # sums in a fixed order, as index_add_ on a GPU does not
+        into = grad_k.new_zeros(ctx.key_shape).index_put_((index_heads,), grad_k * scaled, accumulate=True)
+        return grad_q * scaled, into, None, None, None, None
 
 
 def layer_kl(indexer: RTPurboIndexer, data: LayerRows, weight: torch.Tensor) -> torch.Tensor:
-    """KL of each retrieval head `[n]`, its rows weighted by `weight` `[B, R]`; differentiable in the indexer."""
-    heads, kv_heads, index_heads = data.head_rows
-    index_query, index_key = data.index(indexer)
-    with torch.autocast(data.key.device.type, enabled=False):
-        return indexer_kl(
-            data.query,
-            data.key,
-            index_query,
-            index_key,
-            heads=heads,
-            kv_heads=kv_heads,
-            index_heads=index_heads,
-            q_slots=data.slots,
-            scale=data.scale,
-            start=data.start,
-            softcap=data.softcap,
-            row_weight=weight,
-        )
+    """KL of each retrieval head `[n]`, its rows weighted by `weight` `[B, R]`; differentiable in the indexer.
+
+    The result holds on to nothing of `data`: a layer's queries and keys can go once its loss is taken.
+    """
+    weights = indexer.q_proj, indexer.k_proj
+    return _LayerKL.apply(*weights, indexer, data, weight, needs_grad(*weights))
 
 
 @torch.no_grad()
