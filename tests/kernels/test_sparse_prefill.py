@@ -256,8 +256,10 @@ def test_observer_sees_what_is_kept():
         ),
     )
     share = torch.cat([entry[0] for entry in kept], -1)
-    assert share.shape[-1] == 400 and not any(bool(entry[1]) for entry in kept)
-    assert float(share.max()) <= 1 + 1e-5 and 0 < float(share.min()) < 0.99
+    assert share.shape[-1] == 400
+    assert not any(bool(entry[1]) for entry in kept)
+    assert float(share.max()) <= 1 + 1e-5
+    assert 0 < float(share.min()) < 0.99
 
 
 @pytest.mark.parametrize(
