@@ -300,7 +300,7 @@ if HAS_TRITON:
         mass = torch.empty(batch, heads, groups, blocks, dtype=torch.float32, device=device)
         indices = torch.empty(batch, heads, tiles, blocks, dtype=torch.int32, device=device)
         counts = torch.empty(batch, heads, tiles, dtype=torch.int32, device=device)
-        block_g, columns, steps = 64 if groups <= 64 else 128, 8, 8
+        block_g, columns, steps = 64, 8, 8
         grid = (triton.cdiv(groups, block_g), triton.cdiv(blocks, columns * steps), batch * heads)
         with torch.cuda.device_of(index_query):
             _block_mass_kernel[grid](
@@ -324,7 +324,7 @@ if HAS_TRITON:
                 COLUMNS=columns,
                 STEPS=steps,
                 PRECISION="ieee",
-                num_warps=4 if block_g == 64 else 8,
+                num_warps=4,
             )
             size = triton.next_power_of_2(blocks)
             _select_kernel[(tiles, batch * heads)](
