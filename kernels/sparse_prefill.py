@@ -239,7 +239,8 @@ if HAS_TRITON:
         if query.element_size() > 2:
             return 32, 4, 1, False
         if major >= 9:
-            return 128, 4 if head_dim <= 64 else 8, 3 if head_dim <= 128 else 2, True
+            # two of the stages go to the block number, which has to arrive before its keys are asked for
+            return 128, 4 if head_dim <= 64 else 8, 5 if head_dim <= 128 else 2, True
         if head_dim <= 128:
             return 128, 8, 2, False
         return 64, 8, 1, False

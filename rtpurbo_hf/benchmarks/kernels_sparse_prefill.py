@@ -166,7 +166,7 @@ def best_dense_time(geometry: Geometry, length: int) -> tuple[Timing, str]:
         scale=layer.scale,
         out=layer.out,
     )
-    timing = measure(call, warmup=1, repeats=5, budget_ms=1500)
+    timing = measure(call, warmup=1 if expected * count < geometry.query_heads else 0, repeats=5, budget_ms=1500)
     factor = geometry.query_heads / count
     note = f"dense_attention ({choose_path(layer.query, chunked=False, special=False)}), {count} heads"
     if count < geometry.query_heads:
