@@ -20,6 +20,7 @@ from ..kernels.dense import dense_attention
 from ..kernels.indexed import indexed_attention_reference
 from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
+from ..kernels.sparse_prefill import sparse_prefill_attention
 from .families_rtpurbo import Family, rotation
 from .plan_rtpurbo import HeadPlan
 
@@ -238,8 +239,8 @@ class _Step:
         return self.layer.config.attention_backend
 
     @property
-    def sparse_prefill(self) -> bool:
-        return self.selects and self.layer.config.retrieval_prefill == "sparse"
+    def retrieval_prefill(self) -> str:
+        return self.layer.config.retrieval_prefill if self.selects else "dense"
 
     def fresh(self, out: torch.Tensor) -> None:
         """Nothing is cached: this forward's own keys are all there is."""
@@ -247,7 +248,7 @@ class _Step:
         self._local(out, self.query, self.key, self.value, plan.local, plan.local_kv)
         if not plan.retrieval:
             return
-        if self.sparse_prefill:
+        if self.retrieval_prefill == "sparse":
             slots = torch.arange(self.query.shape[2], device=self.query.device)
             self._indexed(
                 out,
@@ -260,7 +261,10 @@ class _Step:
                 plan.retrieval_kv,
             )
             return
-        self._dense(out, self.key, self.value, plan.retrieval_kv, q_start=0)
+        if self.retrieval_prefill == "sparse_tiled":
+            self._tiled(out, self.key, self.value, self.index_key, plan.retrieval_kv, q_start=0)
+        else:
+            self._dense(out, self.key, self.value, plan.retrieval_kv, q_start=0)
         if self.state.decode_rows is not None and self.selects:
             self._decode_rows(out, self.state.decode_rows)
 
@@ -279,12 +283,14 @@ class _Step:
         )  # fmt: skip
         if not plan.retrieval:
             return
-        if self.sparse_prefill:
+        index_key = view.index_key[:, :, :length] if self.selects else None
+        if self.retrieval_prefill == "sparse":
             slots = torch.arange(view.q_start, length, device=self.query.device)
-            index_key = view.index_key[:, :, :length]
             self._indexed(
                 out, self.query, self.index_query, slots, full_key, full_value, index_key, plan.retrieval_rows
             )
+        elif self.retrieval_prefill == "sparse_tiled":
+            self._tiled(out, full_key, full_value, index_key, plan.retrieval_rows, q_start=view.q_start)
         else:
             self._dense(out, full_key, full_value, plan.retrieval_rows, q_start=view.q_start)
 
@@ -351,6 +357,28 @@ class _Step:
             self.query, key, value, heads=self.plan.retrieval, kv_heads=kv_heads, out=out, q_start=q_start,
             start=self.state.start, backend=self.backend, **self.options,
         )  # fmt: skip
+
+    def _tiled(self, out, key, value, index_key, kv_heads, *, q_start: int) -> None:
+        config, observe = self.layer.config, self.state.on_selection
+        sparse_prefill_attention(
+            self.query,
+            key,
+            value,
+            self.index_query,
+            index_key,
+            heads=self.plan.retrieval,
+            kv_heads=kv_heads,
+            index_heads=self.plan.index_heads,
+            top_p=config.index_top_p,
+            min_tokens=config.index_min_tokens,
+            num_sinks=config.num_sink_tokens,
+            out=out,
+            q_start=q_start,
+            start=self.state.start,
+            backend=self.backend,
+            on_selection=None if observe is None else _for_layer(observe, self.layer.layer_idx),
+            **self.options,
+        )
 
     def _indexed(self, out, query, index_query, q_slots, key, value, index_key, kv_heads) -> None:
         config, device = self.layer.config, query.device

@@ -11,7 +11,7 @@ from .versions_rtpurbo import FORMAT_VERSION, check_base_values, migrate
 
 INDEX_BLOCK_SIZES = (1, 16, 32, 64)
 INDEX_KEY_SHARING = ("head", "kv_head")
-RETRIEVAL_PREFILL = ("dense", "sparse")
+RETRIEVAL_PREFILL = ("dense", "sparse", "sparse_tiled")
 ATTENTION_BACKENDS = ("auto", "triton", "reference")
 MAX_POSITIONS = 1 << 30
 
@@ -60,7 +60,8 @@ class RTPurboConfig(PreTrainedConfig):
         sliding_window: tokens that a local head sees, its own included.
         num_sink_tokens: first real tokens of the sequence that every local head sees.
         retrieval_prefill: `"dense"`, retrieval heads attend to everything at prefill (the paper); `"sparse"`, each
-            prefill row attends to its own top-p set, as decode does.
+            prefill row attends to its own top-p set, as decode does (exact, and slow); `"sparse_tiled"`, each tile of
+            128 rows attends to one list of key blocks, chosen by the index (fast; see `kernels/tile_blocks.py`).
         decode_max_queries: a forward on a non-empty cache with at most this many tokens is a decode step.
         dense_below: a forward whose cached and new tokens are fewer than this attends as the base model does; the cache
             keeps everything until then. 0: never.

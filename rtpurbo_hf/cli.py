@@ -303,7 +303,7 @@ def info(
 def bench_kernels(
     output: Output = Path("build/bench"),
     preset: Annotated[str, typer.Option(help="paper, quick or full.")] = "quick",
-    only: Annotated[str | None, typer.Option(help="prefill or decode.")] = None,
+    only: Annotated[str | None, typer.Option(help="prefill, sparse (sparse prefill) or decode.")] = None,
 ) -> None:
     """Time our kernels and their peers in one process (CUDA only); each figure is checked against a reference."""
     from .benchmarks.kernels import run_kernel_benchmarks

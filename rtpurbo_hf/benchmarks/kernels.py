@@ -8,9 +8,9 @@ from pathlib import Path
 
 from .harness import Row, copy_bandwidth, environment, matmul_rate, table, write
 
-PARTS = ("prefill", "decode")
+PARTS = ("prefill", "sparse", "decode")
 PRESETS = ("quick", "paper", "full")
-COLUMNS = ("geometry", "batch", "tflops", "dense_path", "check", "checked_error")
+COLUMNS = ("geometry", "batch", "tflops", "dense_path", "selected", "kept_mass", "check", "checked_error")
 
 
 def run_kernel_benchmarks(
@@ -21,7 +21,7 @@ def run_kernel_benchmarks(
     Args:
         preset: `"quick"` (a minute), `"paper"` (the lengths and geometry of the paper's figures) or `"full"`.
         output: folder for `name`.json, .csv and .png.
-        only: `"prefill"` or `"decode"`; None: both.
+        only: `"prefill"`, `"sparse"` (sparse prefill) or `"decode"`; None: all.
 
     Raises:
         ValueError: unknown preset or part.
@@ -35,6 +35,10 @@ def run_kernel_benchmarks(
         from . import kernels_prefill
 
         rows += kernels_prefill.run(preset)
+    if only in (None, "sparse"):
+        from . import kernels_sparse_prefill
+
+        rows += kernels_sparse_prefill.run(preset)
     if only in (None, "decode"):
         from . import kernels_decode
 

@@ -1,0 +1,354 @@
+"""Which key blocks a tile of prefill queries reads (beyond the paper: the index selects for prefill rows as well).
+
+Queries are cut into tiles of `TILE` slots and keys into blocks of `BLOCK` slots, both counted from slot 0. The rows
+of a tile that share `GROUP` aligned slots are represented by the mean of their index queries, iq(g). With
+
+    mass_g(j) = sum of softmax_n(iq(g) . ik(n)) over the keys n of block j     n real, n <= last row of group g
+
+the list of a tile of one head is
+
+    forced:    blocks of the first `num_sinks` real tokens, the tile's own blocks, `RECENT_BLOCKS` before the tile
+    selected:  for each group, the smallest set of earlier blocks that brings forced + selected to mass p and to
+               `min_tokens` slots; then the union over the groups. Blocks that tie with the last one all enter.
+
+So the set of a *mean* query reaches p, by whole blocks, and a row sees at least its own group's set. That is a
+relaxation of the token-wise contract (`top_p.py`), where each row's own set reaches p: a row may miss what only it asks
+for and its 15 neighbours do not, and sees everything that the rest of its tile asks for.
+
+Slots, not logical positions, are cut: prefill in chunks whose bounds are multiples of `TILE` selects as one forward
+does. A chunk that begins inside a tile selects for the rest of that tile without the rows that came before.
+Likewise a left-padded row is cut elsewhere than the same row alone, unless its padding is a multiple of `TILE`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .common import HAS_TRITON, row_tiles, starts, tl, triton
+
+TILE, BLOCK, GROUP, RECENT_BLOCKS = 128, 64, 16, 2
+GROUPS = TILE // GROUP
+
+
+def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
+    """The number of the first tile that the rows touch, and how many they touch."""
+    first = q_start // TILE
+    return first, -(-(q_start + q_len) // TILE) - first
+
+
+def pool_index_queries(index_query: torch.Tensor, *, q_start: int, start: torch.Tensor | None) -> torch.Tensor:
+    """Means of the real rows of each group: `[B, n, M, r]` to `[B, n, tiles * GROUPS, r]`, in the same dtype."""
+    batch, heads, q_len, dim = index_query.shape
+    first_tile, tiles = tile_range(q_start, q_len)
+    before = q_start - first_tile * TILE
+    after = tiles * TILE - before - q_len
+    slots = torch.arange(q_start, q_start + q_len, device=index_query.device)
+    real = (slots >= starts(start, batch, index_query.device)[:, None]).float()
+    rows = F.pad(index_query.float() * real[:, None, :, None], (0, 0, before, after))
+    count = F.pad(real, (before, after)).view(batch, 1, tiles * GROUPS, GROUP).sum(-1)
+    total = rows.view(batch, heads, tiles * GROUPS, GROUP, dim).sum(3)
+    return (total / count.clamp_min(1)[..., None]).to(index_query.dtype)
+
+
+def _forced_and_earlier(tiles: torch.Tensor, blocks: int, first: torch.Tensor, end: int, num_sinks: int):
+    """Bool `[B, tiles, blocks]`: what is always read, and what may be selected."""
+    block = torch.arange(blocks, device=tiles.device)
+    own = (tiles * (TILE // BLOCK))[None, :, None]
+    last = ((tiles + 1) * TILE).clamp_max(end).sub(1).div(BLOCK, rounding_mode="floor")[None, :, None]
+    first = first[:, None, None]
+    seen = (block <= last) & ((block + 1) * BLOCK > first)
+    earlier = seen & (block < own - RECENT_BLOCKS)
+    sinks = (block * BLOCK < first + num_sinks) & (num_sinks > 0)
+    forced = seen & (~earlier | sinks)
+    return forced, earlier & ~forced
+
+
+def tile_blocks_reference(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    *,
+    index_heads: torch.Tensor,
+    top_p: float,
+    min_tokens: int,
+    num_sinks: int,
+    q_start: int = 0,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The contract: bool `[B, n, tiles, blocks]`, whether a tile reads a block; fp32 inside.
+
+    Args:
+        index_query: `[B, n, M, r]`, row m at slot `q_start + m`. index_key: `[B, I, N, r]`, N >= q_start + M.
+        index_heads: int64 `[n]`, rows of `index_key`.
+        top_p: mass to reach, in (0, 1]; 1 reads everything. min_tokens: floor on the slots read by a row.
+        num_sinks: first real tokens whose blocks are always read. start: `[B]` slot of each first real token.
+    """
+    batch, heads, q_len, _ = index_query.shape
+    device, end = index_query.device, q_start + q_len
+    first = starts(start, batch, device)
+    first_tile, tiles = tile_range(q_start, q_len)
+    blocks = -(-end // BLOCK)
+    pooled = pool_index_queries(index_query, q_start=q_start, start=start).float()
+    keys = index_key[:, index_heads, :end].float()
+    slots = torch.arange(end, device=device)
+    chosen = torch.empty(batch, heads, tiles, blocks, dtype=torch.bool, device=device)
+    for piece in row_tiles(tiles, GROUPS * batch * heads * end):
+        groups = slice(piece.start * GROUPS, piece.stop * GROUPS)
+        # a group's rows are slots [begin, stop)
+        begin = torch.arange(groups.start, groups.stop, device=device) * GROUP + first_tile * TILE
+        stop = (begin + GROUP).clamp_max(end)
+        valid = (slots < stop[:, None]) & (slots >= first[:, None, None])
+        scores = torch.matmul(pooled[:, :, groups], keys.transpose(-1, -2)).masked_fill(~valid[:, None], -torch.inf)
+        mass = torch.softmax(scores, -1).nan_to_num(0.0)
+        # [B, n, tiles, groups, blocks]
+        mass = F.pad(mass, (0, blocks * BLOCK - end)).view(batch, heads, -1, GROUPS, blocks, BLOCK).sum(-1)
+        numbers = torch.arange(piece.start, piece.stop, device=device) + first_tile
+        forced, earlier = (
+            part[:, None, :, None] for part in _forced_and_earlier(numbers, blocks, first, end, num_sinks)
+        )
+        taken = _smallest_set(mass, forced, earlier, top_p, -(-min_tokens // BLOCK))
+        alive = (begin < end) & (stop > first[:, None].clamp_min(q_start))
+        taken = taken & alive.view(batch, 1, -1, GROUPS, 1)
+        chosen[:, :, piece] = taken.any(3) | forced[:, :, :, 0]
+    return chosen
+
+
+def _smallest_set(
+    mass: torch.Tensor, forced: torch.Tensor, earlier: torch.Tensor, top_p: float, min_blocks: int
+) -> torch.Tensor:
+    """Blocks of `earlier` that bring each row of `mass` to its goals, given what `forced` holds."""
+    earlier = earlier.expand_as(mass)
+    if top_p >= 1.0:
+        return earlier
+    goal = top_p * mass.sum(-1, keepdim=True) - (mass * forced).sum(-1, keepdim=True)
+    values = mass.masked_fill(~earlier, -1.0).sort(dim=-1, descending=True).values
+    before = values.clamp_min(0).cumsum(-1) - values.clamp_min(0)
+    count = torch.arange(mass.shape[-1], device=mass.device) + forced.sum(-1, keepdim=True)
+    wanted = ((before < goal) | (count < min_blocks)) & (values >= 0)
+    size = wanted.sum(-1, keepdim=True)
+    level = values.gather(-1, (size - 1).clamp_min(0))
+    return (mass >= level) & earlier & (size > 0)
+
+
+if HAS_TRITON:
+
+    @triton.jit(do_not_specialize=["num_heads", "groups", "blocks", "first_group", "end"])
+    def _block_mass_kernel(
+        p_q,
+        p_k,
+        p_heads,
+        p_start,
+        p_mass,
+        stride_kb,
+        stride_kh,
+        stride_kn,
+        num_heads,
+        groups,
+        blocks,
+        first_group,
+        end,
+        HAS_START: tl.constexpr,
+        DIM: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_G: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        GROUP_ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        STEPS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        """log2 of each block's unnormalised mass, for BLOCK_G pooled queries and STEPS * COLUMNS blocks."""
+        i_g = tl.program_id(0)
+        i_split = tl.program_id(1)
+        i_row = tl.program_id(2)
+        i_b = (i_row // num_heads).to(tl.int64)
+        i_head = tl.load(p_heads + i_row % num_heads).to(tl.int64)
+        first = 0
+        if HAS_START:
+            first = tl.load(p_start + i_b).to(tl.int32)
+        o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
+        o_r = tl.arange(0, BLOCK_R)
+        o_c = tl.arange(0, COLUMNS)
+        m_g = o_g < groups
+        m_r = o_r < DIM
+        # keys below `limit` are in sight of the group
+        limit = tl.minimum((first_group + o_g + 1) * GROUP_ROWS, end)
+        low = (first_group + i_g * BLOCK_G + 1) * GROUP_ROWS
+        high = tl.minimum((first_group + tl.minimum((i_g + 1) * BLOCK_G, groups)) * GROUP_ROWS, end)
+        o_row = i_row.to(tl.int64) * groups + o_g
+        # [BLOCK_G, BLOCK_R]
+        b_q = tl.load(p_q + o_row[:, None] * DIM + o_r[None, :], mask=m_g[:, None] & m_r[None, :], other=0.0)
+        p_kh = p_k + i_b * stride_kb + i_head * stride_kh
+        begin = i_split * STEPS * COLUMNS
+        seen = (high + BLOCK_N - 1) // BLOCK_N
+        steps = tl.minimum((tl.maximum(seen - begin, 0) + COLUMNS - 1) // COLUMNS, STEPS)
+        for i_step in tl.range(0, steps):
+            block = begin + i_step * COLUMNS
+            b_out = tl.full([BLOCK_G, COLUMNS], float("-inf"), tl.float32)
+            for i_c in tl.static_range(COLUMNS):
+                slot = (block + i_c) * BLOCK_N
+                o_n = slot + tl.arange(0, BLOCK_N)
+                m_n = o_n < high
+                # [BLOCK_N, BLOCK_R]
+                b_k = tl.load(
+                    p_kh + o_n.to(tl.int64)[:, None] * stride_kn + o_r[None, :],
+                    mask=m_n[:, None] & m_r[None, :],
+                    other=0.0,
+                )
+                # [BLOCK_G, BLOCK_N], in units of log2
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * 1.4426950408889634
+                if (slot + BLOCK_N > low) | (slot < first):
+                    b_s = tl.where((o_n[None, :] < limit[:, None]) & (o_n >= first)[None, :], b_s, float("-inf"))
+                b_top = tl.maximum(tl.max(b_s, 1), -1.0e30)
+                b_mass = tl.log2(tl.sum(tl.exp2(b_s - b_top[:, None]), 1)) + b_top
+                b_out = tl.where((o_c == i_c)[None, :], b_mass[:, None], b_out)
+            o_block = block + o_c
+            tl.store(
+                p_mass + o_row[:, None] * blocks + o_block[None, :],
+                b_out,
+                mask=m_g[:, None] & (o_block < blocks)[None, :],
+            )
+
+    @triton.jit(
+        do_not_specialize=["num_heads", "tiles", "blocks", "first_tile", "q_start", "end", "num_sinks", "min_blocks"]
+    )
+    def _select_kernel(
+        p_mass,
+        p_start,
+        p_indices,
+        p_counts,
+        num_heads,
+        tiles,
+        blocks,
+        first_tile,
+        q_start,
+        end,
+        num_sinks,
+        min_blocks,
+        top_p,
+        HAS_START: tl.constexpr,
+        HAS_FLOOR: tl.constexpr,
+        SIZE: tl.constexpr,
+        TILE_ROWS: tl.constexpr,
+        GROUP_ROWS: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        RECENT: tl.constexpr,
+        STEPS: tl.constexpr,
+    ):
+        """The ascending block list of one tile of one head."""
+        i_t = tl.program_id(0)
+        i_row = tl.program_id(1)
+        first = 0
+        if HAS_START:
+            first = tl.load(p_start + i_row // num_heads).to(tl.int32)
+        begin = (first_tile + i_t) * TILE_ROWS
+        stop = tl.minimum(begin + TILE_ROWS, end)
+        o_j = tl.arange(0, SIZE)
+        m_seen = (o_j * BLOCK_N < stop) & ((o_j + 1) * BLOCK_N > first)
+        m_sinks = m_seen & (o_j * BLOCK_N < first + num_sinks) & (num_sinks > 0)
+        m_forced = m_sinks | (m_seen & (o_j >= begin // BLOCK_N - RECENT))
+        m_early = m_seen & (m_forced == 0)
+        forced = tl.sum(m_forced.to(tl.int32), 0)
+        b_taken = m_forced.to(tl.int32)
+        groups: tl.constexpr = TILE_ROWS // GROUP_ROWS
+        i_tile = i_row.to(tl.int64) * tiles + i_t
+        for i_g in tl.range(0, groups):
+            rows = begin + i_g * GROUP_ROWS
+            if (rows < end) & (rows + GROUP_ROWS > tl.maximum(first, q_start)):
+                # [SIZE]
+                b_mass = tl.load(p_mass + (i_tile * groups + i_g) * blocks + o_j, mask=m_seen, other=float("-inf"))
+                b_mass = tl.exp2(b_mass - tl.maximum(tl.max(b_mass, 0), -1.0e30))
+                goal = top_p * tl.sum(b_mass, 0) - tl.sum(tl.where(m_forced, b_mass, 0.0), 0)
+                b_mass = tl.where(m_early, b_mass, -1.0)
+                # bisection over the bits of the level, to 1 part in 8000; everything is below the upper end
+                low = tl.zeros([], tl.int32)
+                high = tl.zeros([], tl.int32) + 0x3F801000
+                for _ in tl.range(0, STEPS):
+                    middle = (low + high) // 2
+                    level = middle.to(tl.float32, bitcast=True)
+                    enough = tl.sum(tl.where(b_mass >= level, b_mass, 0.0), 0) >= goal
+                    if HAS_FLOOR:
+                        enough = enough & (tl.sum((b_mass >= level).to(tl.int32), 0) + forced >= min_blocks)
+                    low = tl.where(enough, middle, low)
+                    high = tl.where(enough, high, middle)
+                low = tl.where(top_p >= 1.0, 0, low)
+                b_taken = b_taken | (b_mass >= low.to(tl.float32, bitcast=True)).to(tl.int32)
+        o_rank = tl.cumsum(b_taken, 0) - 1
+        tl.store(p_indices + i_tile * blocks + o_rank, o_j, mask=b_taken > 0)
+        tl.store(p_counts + i_tile, tl.sum(b_taken, 0))
+
+    def select_tile_blocks(
+        index_query: torch.Tensor,
+        index_key: torch.Tensor,
+        *,
+        index_heads: torch.Tensor,
+        top_p: float,
+        min_tokens: int,
+        num_sinks: int,
+        q_start: int,
+        start: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`tile_blocks_reference` as lists: ascending int32 `[B, n, tiles, blocks]` and counts `[B, n, tiles]`.
+
+        Stores `8 * blocks` fp32 masses for each tile and head: the caller bounds the tiles of one call.
+        """
+        batch, heads, q_len, dim = index_query.shape
+        device, end = index_query.device, q_start + q_len
+        first_tile, tiles = tile_range(q_start, q_len)
+        blocks, groups = triton.cdiv(end, BLOCK), tiles * GROUPS
+        pooled = pool_index_queries(index_query, q_start=q_start, start=start).contiguous()
+        mass = torch.empty(batch, heads, groups, blocks, dtype=torch.float32, device=device)
+        indices = torch.empty(batch, heads, tiles, blocks, dtype=torch.int32, device=device)
+        counts = torch.empty(batch, heads, tiles, dtype=torch.int32, device=device)
+        block_g, columns, steps = 64, 8, 8
+        grid = (triton.cdiv(groups, block_g), triton.cdiv(blocks, columns * steps), batch * heads)
+        with torch.cuda.device_of(index_query):
+            _block_mass_kernel[grid](
+                pooled,
+                index_key,
+                index_heads,
+                start,
+                mass,
+                *index_key.stride()[:3],
+                heads,
+                groups,
+                blocks,
+                first_tile * GROUPS,
+                end,
+                HAS_START=start is not None,
+                DIM=dim,
+                BLOCK_R=max(16, triton.next_power_of_2(dim)),
+                BLOCK_G=block_g,
+                BLOCK_N=BLOCK,
+                GROUP_ROWS=GROUP,
+                COLUMNS=columns,
+                STEPS=steps,
+                PRECISION="ieee",
+                num_warps=4,
+            )
+            size = triton.next_power_of_2(blocks)
+            _select_kernel[(tiles, batch * heads)](
+                mass,
+                start,
+                indices,
+                counts,
+                heads,
+                tiles,
+                blocks,
+                first_tile,
+                q_start,
+                end,
+                num_sinks,
+                triton.cdiv(min_tokens, BLOCK),
+                top_p,
+                HAS_START=start is not None,
+                HAS_FLOOR=min_tokens > 0,
+                SIZE=size,
+                TILE_ROWS=TILE,
+                GROUP_ROWS=GROUP,
+                BLOCK_N=BLOCK,
+                RECENT=RECENT_BLOCKS,
+                STEPS=20,
+                num_warps=16 if size >= 8192 else 8 if size >= 2048 else 4,
+            )
+        return indices, counts

@@ -1,0 +1,281 @@
+"""Block lists and sparse prefill against their fp32 references, in Triton's interpreter where there is no GPU."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from rtpurbo_hf.kernels import sparse_prefill
+from rtpurbo_hf.kernels.common import HAS_TRITON
+from rtpurbo_hf.kernels.dense import dense_attention_reference
+from rtpurbo_hf.kernels.sparse_prefill import sparse_prefill_attention
+from rtpurbo_hf.kernels.tile_blocks import BLOCK, GROUP, GROUPS, RECENT_BLOCKS, TILE, tile_blocks_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `length` keys, of which the rows from slot `q_start` on are queries."""
+
+    length: int
+    group: int = 1
+    head_dim: int = 64
+    q_start: int = 0
+    start: tuple[int, ...] | None = None
+    top_p: float = 0.6
+    min_tokens: int = 0
+    num_sinks: int = 4
+    softcap: float | None = None
+    logits: bool = False
+    shared: bool = False
+    index_dim: int = 16
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        parts = [f"n{self.length}", f"g{self.group}", f"d{self.head_dim}", f"p{self.top_p}"]
+        parts += [f"from{self.q_start}"] if self.q_start else []
+        parts += ["padded"] if self.start else []
+        parts += [f"floor{self.min_tokens}"] if self.min_tokens else []
+        parts += [f"sinks{self.num_sinks}"] if self.num_sinks != 4 else []
+        parts += ["cap"] if self.softcap else []
+        parts += ["logits"] if self.logits else []
+        parts += ["shared"] if self.shared else []
+        parts += [f"r{self.index_dim}"] if self.index_dim != 16 else []
+        parts += ["fp16"] if self.dtype == torch.float16 else []
+        return "-".join(parts)
+
+
+CASES = [
+    Case(1),
+    Case(63, group=3),
+    Case(111, group=4, head_dim=80),
+    Case(300, group=3),
+    Case(900, top_p=0.5),
+    Case(900, min_tokens=400),
+    Case(900, num_sinks=0, shared=True, group=4),
+    Case(650, start=(0, 437), softcap=5.0),
+    Case(650, start=(100, 649), num_sinks=70, group=3, top_p=0.3),
+    Case(700, q_start=384, logits=True),
+    Case(700, q_start=333, start=(0, 290), index_dim=12),
+    Case(520, top_p=1.0, start=(0, 70)),
+    Case(700, dtype=torch.float16),
+]
+
+
+def inputs(case: Case, seed: int = 0) -> dict:
+    """Keyword arguments of the operation; every second head is listed, and `out` is NaN everywhere."""
+    torch.manual_seed(seed)
+    batch, heads = len(case.start or (0,)), 2 * case.group
+    q_len = case.length - case.q_start
+    listed = tuple(range(0, heads, 2))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE).to(case.dtype)
+
+    rows = 1 if case.shared else len(listed)
+    # spans of alike keys, so that blocks differ in mass
+    index_key = random(batch, rows, -(-case.length // BLOCK), case.index_dim).repeat_interleave(BLOCK, 2)
+    index_key = index_key[:, :, : case.length] + 0.3 * random(batch, rows, case.length, case.index_dim)
+    query = random(batch, q_len, heads, case.head_dim).transpose(1, 2)
+    return {
+        "query": query,
+        "key": random(batch, 2, case.length, case.head_dim),
+        "value": random(batch, case.length, 2, case.head_dim).transpose(1, 2),
+        "index_query": 0.4 * random(batch, q_len, len(listed), case.index_dim).transpose(1, 2) + 0.4,
+        "index_key": index_key,
+        "heads": listed,
+        "kv_heads": tuple(head // case.group for head in listed),
+        "index_heads": (0,) * len(listed) if case.shared else tuple(reversed(range(rows))),
+        "top_p": case.top_p,
+        "min_tokens": case.min_tokens,
+        "num_sinks": case.num_sinks,
+        "scale": 1.3 * case.head_dim**-0.5,
+        "out": torch.full_like(query.transpose(1, 2).contiguous(), float("nan")),
+        "q_start": case.q_start,
+        "start": None if case.start is None else torch.tensor(case.start, device=DEVICE),
+        "softcap": case.softcap,
+        "sink_logits": torch.randn(heads, device=DEVICE) if case.logits else None,
+    }
+
+
+SELECTION = ("index_query", "index_key", "top_p", "min_tokens", "num_sinks", "q_start", "start")
+
+
+def blocks(arguments: dict) -> torch.Tensor:
+    chosen = {name: arguments[name] for name in SELECTION}
+    return tile_blocks_reference(index_heads=torch.tensor(arguments["index_heads"], device=DEVICE), **chosen)
+
+
+def run(arguments: dict, backend: str) -> torch.Tensor:
+    """The listed heads of a fresh output; the others must still be NaN."""
+    arguments = arguments | {"out": arguments["out"].clone()}
+    out = sparse_prefill_attention(**arguments, backend=backend)
+    assert out is arguments["out"]
+    others = [head for head in range(out.shape[2]) if head not in arguments["heads"]]
+    assert torch.isnan(out[:, :, others]).all()
+    return out[:, :, list(arguments["heads"])]
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((out.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lists_match_reference(case):
+    from rtpurbo_hf.kernels.tile_blocks import select_tile_blocks
+
+    arguments = inputs(case)
+    chosen = {name: arguments[name] for name in SELECTION}
+    heads = torch.tensor(arguments["index_heads"], device=DEVICE)
+    indices, counts = select_tile_blocks(index_heads=heads, **chosen)
+    expected = blocks(arguments)
+    assert torch.equal(counts.long(), expected.sum(-1))
+    for place in expected.any(-1).nonzero().tolist():
+        count = int(counts[tuple(place)])
+        assert indices[tuple(place)][:count].tolist() == expected[tuple(place)].nonzero().flatten().tolist()
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_matches_reference(case):
+    arguments = inputs(case)
+    tolerance = 1e-5 if case.dtype == torch.float32 and DEVICE == "cpu" else 5e-3
+    out, expected = run(arguments, "triton"), run(arguments, "reference")
+    assert torch.isfinite(out).all()
+    assert relative_error(out, expected) < tolerance
+    for row, first in enumerate(case.start or ()):
+        assert (out[row, : max(first - case.q_start, 0)] == 0).all()
+
+
+def test_lists_hold_the_written_sets():
+    """One tile by hand: what is forced, and the smallest set of each group's mean query, over all its groups."""
+    case = Case(1500, group=3, top_p=0.55)
+    arguments = inputs(case)
+    listed = blocks(arguments)
+    head, tile = 1, 8
+    own = tile * TILE // BLOCK
+    expected = {0, *range(own - RECENT_BLOCKS, own + TILE // BLOCK)}
+    forced = set(expected)
+    key = arguments["index_key"][0, arguments["index_heads"][head]]
+    for group in range(GROUPS):
+        begin = tile * TILE + group * GROUP
+        pooled = arguments["index_query"][0, head, begin : begin + GROUP].mean(0)
+        weights = torch.softmax(key[: begin + GROUP] @ pooled, 0)
+        weights = torch.nn.functional.pad(weights, (0, -len(weights) % BLOCK)).view(-1, BLOCK).sum(1)
+        held = sum(float(weights[j]) for j in forced if j < len(weights))
+        for j in weights.argsort(descending=True).tolist():
+            if held >= case.top_p:
+                break
+            if j not in forced:
+                expected.add(j)
+                held += float(weights[j])
+    assert set(listed[0, head, tile].nonzero().flatten().tolist()) == expected
+    assert len(expected) < own
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_everything_is_dense_attention(backend):
+    arguments = inputs(Case(333, group=4, top_p=1.0, start=(0, 45)))
+    out = run(arguments, backend)
+    dense = {
+        name: arguments[name] for name in ("query", "key", "value", "scale", "start", "softcap", "sink_logits", "out")
+    }
+    for name in ("heads", "kv_heads"):
+        dense[name] = torch.tensor(arguments[name], device=DEVICE)
+    expected = dense_attention_reference(**dense)[:, :, list(arguments["heads"])]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_chunks_on_tile_bounds_equal_one_call(backend):
+    arguments = inputs(Case(600, start=(0, 200)))
+    whole = run(arguments, backend)
+    begin = 0
+    for end in (128, 384, 600):
+        part = arguments | {"out": arguments["out"][:, begin:end].clone(), "q_start": begin}
+        part |= {name: arguments[name][:, :, begin:end] for name in ("query", "index_query")}
+        torch.testing.assert_close(run(part, backend), whole[:, begin:end], rtol=1e-5, atol=1e-5)
+        begin = end
+
+
+@needs_triton
+def test_small_workspace_changes_nothing(monkeypatch):
+    arguments = inputs(Case(700, q_start=70))
+    whole = run(arguments, "triton")
+    monkeypatch.setattr(sparse_prefill, "WORKSPACE_BYTES", 1)
+    assert torch.equal(run(arguments, "triton"), whole)
+
+
+@needs_triton
+def test_keys_after_the_last_query_are_not_read():
+    """A preallocated cache holds garbage there; NaN in it must not reach the output."""
+    arguments = inputs(Case(500))
+    cut = arguments | {name: arguments[name][:, :, :333] for name in ("query", "index_query")}
+    cut["out"] = arguments["out"][:, :333]
+    expected = run(cut, "triton")
+    for name in ("key", "value", "index_key"):
+        cut[name] = cut[name].clone()
+        cut[name][:, :, 333:] = float("nan")
+    assert torch.equal(run(cut, "triton"), expected)
+
+
+@needs_triton
+def test_gradients_fall_back_to_the_reference():
+    arguments = inputs(Case(200, softcap=3.0))
+    grads = []
+    for backend in ("triton", "reference"):
+        leaves = {name: arguments[name].detach().clone().requires_grad_() for name in ("query", "key", "value")}
+        out = sparse_prefill_attention(**(arguments | leaves | {"out": arguments["out"].clone()}), backend=backend)
+        out[:, :, list(arguments["heads"])].square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves.values()])
+    assert all(float(grad.abs().sum()) > 0 for grad in grads[0])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@needs_triton
+def test_compile_does_not_break_the_graph():
+    arguments = inputs(Case(200))
+    expected = run(arguments, "triton")
+    compiled = torch.compile(lambda **kw: sparse_prefill_attention(**kw) * 2, fullgraph=True, backend="aot_eager")
+    out = compiled(**(arguments | {"out": arguments["out"].clone()}), backend="triton")
+    torch.testing.assert_close(out[:, :, list(arguments["heads"])], expected * 2)
+
+
+def test_observer_sees_what_is_kept():
+    arguments = inputs(Case(400, top_p=0.3))
+    kept = []
+    sparse_prefill_attention(
+        **arguments,
+        on_selection=lambda rows, chosen, valid, weights: kept.append(
+            ((weights * chosen).sum(-1), (chosen & ~valid).any())
+        ),
+    )
+    share = torch.cat([entry[0] for entry in kept], -1)
+    assert share.shape[-1] == 400
+    assert not any(bool(entry[1]) for entry in kept)
+    assert float(share.max()) <= 1 + 1e-5
+    assert 0 < float(share.min()) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_p": 0.0}, "0 < top_p <= 1"),
+        ({"scale": 0.0}, "scale > 0"),
+        ({"q_start": 1}, "index_key must hold"),
+        ({"index_heads": (0, 1)}, "1 index_heads"),
+        ({"index_query": torch.zeros(1, 1, 19, 16)}, r"index_query \[B, n, M, r\]"),
+        ({"index_key": torch.zeros(1, 1, 20, 8)}, "index_key must hold"),
+        ({"heads": (7,)}, r"heads must be in \[0, 2\)"),
+        ({"backend": "cuda"}, "attention_backend must be one of"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_prefill_attention(**(inputs(Case(20)) | change))
