@@ -1,0 +1,108 @@
+"""The command `eval`: fidelity of a checkpoint, side by side with its dense self and with baselines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import Checkpoint, Data, Device, Output, Precision, checkpoint_named, device_named, dtype_named
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("eval", epilog="Example: rtpurbo eval build/demo/adapter --suite ppl,sparsity --lengths 4096 -o out/")(
+        evaluate
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _integers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(word) for word in _words(text)))
+    except ValueError:
+        raise ValueError(f"{option}: expected integers separated by commas, got {text!r}") from None
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    output: Output,
+    suite: Annotated[
+        str, typer.Option(help="Suites, by comma: ruler, ppl, kl, passkey, sparsity.")
+    ] = "ruler,ppl,sparsity",
+    lengths: Annotated[str, typer.Option(help="Tokens of a sample, by comma.")] = "4096",
+    variants: Annotated[
+        str,
+        typer.Option(
+            help="Variants in all suites, by comma: dense, streaming, headwise, sparse, with settings as "
+            "sparse:p=0.95+floor=128 (p, floor, block, window, sinks)."
+        ),
+    ] = "dense,streaming,headwise,sparse",
+    emulated: Annotated[
+        str | None,
+        typer.Option(
+            help="Variants in all suites but ruler. Other selectors than the index cannot generate, only be emulated: "
+            "topk:256, topk:equal, oracle, oracle:0.95, quest:0.9, quest:256, quest:equal."
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="'base': measure against the dense base model; or another checkpoint, side by side."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of suite ruler, by comma.", show_default="all; qa with --qa-data")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Prompts of each ruler task, and passkey documents.")] = 10,
+    blocks: Annotated[int, typer.Option(help="Text blocks.")] = 8,
+    rows: Annotated[int, typer.Option(help="Scored rows of a text block: its last ones.")] = 512,
+    data: Data = None,
+    qa_data: Annotated[
+        Path | None, typer.Option(help="SQuAD .json, or .jsonl of question, answers and context.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of samples and of the bootstrap.")] = 0,
+    split_seed: Annotated[int, typer.Option(help="Seed of the adaptation: its held-out documents are scored.")] = 0,
+    device: Device = "auto",
+    dtype: Precision = None,
+) -> None:
+    """Measure fidelity: tasks, perplexity, divergence and sparsity, with 95 % intervals; goes on if interrupted.
+
+    Writes fidelity.json, .md and .png. Decode emulation: every scored token attends as a decode step would.
+    """
+    from .evaluation.results import markdown
+    from .evaluation.run import evaluate as run
+    from .evaluation.suites import Plan
+    from .evaluation.tasks import TASKS
+    from .evaluation.variants import parse_variants
+
+    asked = _words(tasks) if tasks else tuple(name for name in TASKS if name != "qa" or qa_data is not None)
+    plan = Plan(
+        suites=_words(suite),
+        lengths=_integers(lengths, "--lengths"),
+        tasks=asked,
+        samples=samples,
+        blocks=blocks,
+        rows=rows,
+        seed=seed,
+    )
+    chosen = parse_variants(variants)
+    others = parse_variants(emulated) if emulated else []
+    device = device_named(device)
+    outcome = run(
+        checkpoint_named(checkpoint),
+        output,
+        plan,
+        variants=chosen,
+        emulated=others,
+        compare=compare,
+        data=data or "system",
+        qa_data=qa_data,
+        split_seed=split_seed,
+        device=device,
+        dtype=dtype_named(dtype, device),
+    )
+    typer.echo(markdown(outcome.rows, outcome.meta))
+    typer.echo("\n".join(f"wrote {path}" for path in outcome.files))
