@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Checkpoint, Data, Device, Output, Precision, checkpoint_named, device_named, dtype_named
+from .cli_options import Data, Device, Output, Precision, checkpoint_named, device_named, dtype_named
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command("eval", epilog="Example: rtpurbo eval build/demo/adapter --suite ppl,sparsity --lengths 4096 -o out/")(
-        evaluate
-    )
+    example = "Example: rtpurbo eval build/demo/adapter --suite ppl,sparsity --lengths 4096 -o out/"
+    app.command("eval", epilog=example)(evaluate)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -29,11 +28,17 @@ def _integers(text: str, option: str) -> tuple[int, ...]:
 
 
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        str, typer.Argument(help="RTPurbo checkpoint: a folder or a Hub id. With --ablate a base model, as in adapt.")
+    ],
     output: Output,
     suite: Annotated[
-        str, typer.Option(help="Suites, by comma: ruler, ppl, kl, passkey, sparsity.")
-    ] = "ruler,ppl,sparsity",
+        str | None,
+        typer.Option(
+            help="Suites, by comma: ruler, ppl, kl, passkey, sparsity.",
+            show_default="ruler,ppl,sparsity; with --ablate ppl,passkey,sparsity",
+        ),
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of a sample, by comma.")] = "4096",
     variants: Annotated[
         str,
@@ -53,6 +58,22 @@ def evaluate(
         str | None,
         typer.Option(help="'base': measure against the dense base model; or another checkpoint, side by side."),
     ] = None,
+    ablate: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapt a base model with one setting changed at a time, by comma: ratio, index_dim, rotary, sharing, "
+            "init (trained anew), p, floor, block, window. Trains at the longest of --lengths."
+        ),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="With --ablate, settings to start from: default, paper or demo.")] = (
+        "default"
+    ),
+    window: Annotated[
+        int | None, typer.Option(help="With --ablate, sliding window.", show_default="a quarter of the length")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="With --ablate, stage-1 steps of each setting.")] = None,
+    train_blocks: Annotated[int | None, typer.Option(help="With --ablate, blocks in the training set.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="With --ablate, stage-1 learning rate.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of suite ruler, by comma.", show_default="all; qa with --qa-data")
     ] = None,
@@ -63,24 +84,24 @@ def evaluate(
     qa_data: Annotated[
         Path | None, typer.Option(help="SQuAD .json, or .jsonl of question, answers and context.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of samples and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of samples and of the bootstrap; with --ablate of training too.")] = 0,
     split_seed: Annotated[int, typer.Option(help="Seed of the adaptation: its held-out documents are scored.")] = 0,
     device: Device = "auto",
     dtype: Precision = None,
 ) -> None:
     """Measure fidelity: tasks, perplexity, divergence and sparsity, with 95 % intervals; goes on if interrupted.
 
-    Writes fidelity.json, .md and .png. Decode emulation: every scored token attends as a decode step would.
+    Writes fidelity.json, .md and .png, or with --ablate ablation.*. Decode emulation: every scored token attends as a
+    decode step would.
     """
     from .evaluation.results import markdown
-    from .evaluation.run import evaluate as run
     from .evaluation.suites import Plan
     from .evaluation.tasks import TASKS
     from .evaluation.variants import parse_variants
 
     asked = _words(tasks) if tasks else tuple(name for name in TASKS if name != "qa" or qa_data is not None)
     plan = Plan(
-        suites=_words(suite),
+        suites=_words(suite or ("ruler,ppl,sparsity" if ablate is None else "ppl,passkey,sparsity")),
         lengths=_integers(lengths, "--lengths"),
         tasks=asked,
         samples=samples,
@@ -88,21 +109,35 @@ def evaluate(
         rows=rows,
         seed=seed,
     )
-    chosen = parse_variants(variants)
-    others = parse_variants(emulated) if emulated else []
     device = device_named(device)
-    outcome = run(
-        checkpoint_named(checkpoint),
-        output,
-        plan,
-        variants=chosen,
-        emulated=others,
-        compare=compare,
-        data=data or "system",
-        qa_data=qa_data,
-        split_seed=split_seed,
-        device=device,
-        dtype=dtype_named(dtype, device),
-    )
+    where: dict[str, Any] = {"data": data or "system", "device": device, "dtype": dtype_named(dtype, device)}
+    if ablate is not None:
+        from .ablation import ablate as run_ablation
+        from .presets import preset as named
+
+        context = max(plan.lengths)
+        settings = named(
+            preset,
+            context=context,
+            sliding_window=window or context // 4,
+            steps=steps,
+            train_blocks=train_blocks,
+            learning_rate=learning_rate,
+        )
+        outcome = run_ablation(checkpoint, output, plan, names=_words(ablate), settings=settings, **where)
+    else:
+        from .evaluation.run import evaluate as run
+
+        outcome = run(
+            checkpoint_named(checkpoint),
+            output,
+            plan,
+            variants=parse_variants(variants),
+            emulated=parse_variants(emulated) if emulated else [],
+            compare=compare,
+            qa_data=qa_data,
+            split_seed=split_seed,
+            **where,
+        )
     typer.echo(markdown(outcome.rows, outcome.meta))
     typer.echo("\n".join(f"wrote {path}" for path in outcome.files))

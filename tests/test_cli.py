@@ -126,6 +126,8 @@ def test_debug_shows_the_trace(workplace):
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["adapt", "calibrate", "train-indexer", "generate", "info", "bench kernels"])
+@pytest.mark.parametrize(
+    "command", ["adapt", "calibrate", "train-indexer", "generate", "info", "eval", "bench kernels"]
+)
 def test_help_has_an_example(workplace, command):
     assert f"Example: rtpurbo {command}" in " ".join(rtpurbo(workplace, *command.split(), "--help").stdout.split())

@@ -12,6 +12,7 @@ from small_tokenizer import small_tokenizer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from typer.testing import CliRunner
 
+from rtpurbo_hf.ablation import ablate, setups
 from rtpurbo_hf.auto import RTPurboForCausalLM
 from rtpurbo_hf.cli import app
 from rtpurbo_hf.evaluation.bootstrap import Bootstrap
@@ -23,6 +24,7 @@ from rtpurbo_hf.evaluation.selectors import PAGE_SIZE, page_bounds
 from rtpurbo_hf.evaluation.suites import Plan
 from rtpurbo_hf.evaluation.tasks import generate
 from rtpurbo_hf.evaluation.variants import parse_variant, parse_variants
+from rtpurbo_hf.presets import preset
 from rtpurbo_hf.training.corpora import python_sources
 
 LENGTH, ROWS = 384, 24
@@ -360,9 +362,71 @@ def test_two_checkpoints_side_by_side(checkpoint, tmp_path):
     assert values["dense@tiny"] == 0
 
 
+def test_against_the_dense_base(checkpoint, tmp_path):
+    base = tiny_base(vocab_size=len(small_tokenizer()), num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+    base.save_pretrained(tmp_path / "base")
+    small_tokenizer().save_pretrained(tmp_path / "base")
+    settings = {"sliding_window": 32, "base_model_name_or_path": str(tmp_path / "base")}
+    model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[0], [1]], **settings)
+    model.save_pretrained(tmp_path / "adapter", adapter_only=True)
+    small_tokenizer().save_pretrained(tmp_path / "adapter")
+    arguments = ["--compare", "base", "--suite", "ppl", "--lengths", "256", "--rows", "16", "--blocks", "2"]
+    always = ["eval", str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--data", str(checkpoint / "texts")]
+    done = CliRunner().invoke(app, [*always, "--device", "cpu", *arguments], catch_exceptions=False)
+    assert "perplexity" in done.stdout
+    found = json.loads((tmp_path / "out" / "fidelity.json").read_text())
+    kl = {row["variant"]: row["value"] for row in found["rows"] if row["task"] == "kl"}
+    assert list(kl) == ["base", "dense", "streaming", "headwise", "sparse"]
+    assert kl["base"] == kl["dense"] == 0 < kl["streaming"]
+    assert found["meta"]["reference"] == "base"
+
+
+# ablations
+
+
+def test_setups_train_only_what_differs():
+    found = setups(("p", "window", "index_dim", "sharing"), preset("demo", context=1024, index_dim=16))
+    assert [v.name for v in found[0].variants] == [
+        *("dense", "headwise", "default"),
+        *("p=0.8", "p=0.85", "p=0.9", "p=0.95", "p=0.99"),
+        *("window=128", "window=256", "window=512", "index_dim=16", "sharing=head"),
+    ]
+    assert [(s.settings.index_dim, s.settings.index_key_sharing, len(s.variants)) for s in found[1:]] == [
+        (4, "head", 1),
+        (32, "head", 1),
+        (16, "kv_head", 1),
+    ]
+    with pytest.raises(ValueError, match="no ablation speed"):
+        setups(("speed",), preset("demo"))
+
+
+def test_ablation_trains_scores_and_resumes(checkpoint, tmp_path, monkeypatch):
+    base = tiny_base(vocab_size=len(small_tokenizer()), num_hidden_layers=2, hidden_size=128, num_attention_heads=4)
+    base.save_pretrained(tmp_path / "base")
+    small_tokenizer().save_pretrained(tmp_path / "base")
+    changes = {"sliding_window": 64, "steps": 3, "train_blocks": 3, "warmup_steps": 1, "index_min_tokens": 8}
+    settings = preset("demo", context=640, ratio=0.25, eval_blocks=2, eval_prompts=2, **changes)
+    plan = small_plan(suites=("ppl", "sparsity"), lengths=(640,))
+    given = {"names": ("init", "p"), "settings": settings, "data": str(checkpoint / "texts"), "progress": False}
+    found = ablate(str(tmp_path / "base"), tmp_path / "out", plan, **given)
+    assert [path.name for path in found.files] == ["ablation.json", "ablation.md", "ablation.png"]
+    kl = {row.variant: row.value for row in found.rows if row.task == "kl"}
+    assert set(kl) == {"dense", "headwise", "default", "init=svd", "init=random"} | {
+        f"p={p}" for p in (0.8, 0.85, 0.9, 0.95, 0.99)
+    }
+    assert kl["dense"] == 0
+    assert kl["default"] == kl["init=svd"] != kl["init=random"]
+    tokens = {row.variant: row.value for row in found.rows if row.task == "text/active_tokens"}
+    assert tokens["p=0.8"] < tokens["p=0.9"] == tokens["default"] < tokens["p=0.99"]
+    assert all(row.delta is not None for row in found.rows if row.task == "kl" and row.variant != "dense")
+    monkeypatch.setattr("rtpurbo_hf.ablation.IndexerTrainer", None)
+    assert ablate(str(tmp_path / "base"), tmp_path / "out", plan, **given).rows == found.rows
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--ablate", "speed"), "no ablation speed"),
         (("--suite", "speed"), "no suite speed"),
         (("--variants", "sparser"), "no variant 'sparser'"),
         (("--suite", "ruler", "--variants", "oracle"), "name them in --emulated"),

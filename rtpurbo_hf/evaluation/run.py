@@ -28,6 +28,16 @@ logger = logging.getLogger(__name__)
 
 BASE = "base"
 STEM = "fidelity"
+DESCRIBED = (
+    "sliding_window",
+    "num_sink_tokens",
+    "index_dim",
+    "index_rotary_dim",
+    "index_top_p",
+    "index_min_tokens",
+    "index_block_size",
+    "index_key_sharing",
+)
 _HAYSTACK = 64
 
 
@@ -132,7 +142,7 @@ def evaluate(
         prints.append(fingerprint(compare, other.config))
         arms += [Arm(f"{v.name}@{name}", other, v) for v in (*variants, *emulated)]
         without_ruler += [f"{variant.name}@{name}" for variant in emulated]
-    settings = {
+    settings: dict[str, Any] = {
         "checkpoint": Path(checkpoint).name if Path(checkpoint).is_dir() else checkpoint,
         "fingerprints": prints,
         "compare": compare if compare in (None, BASE) else Path(str(compare)).name,
@@ -165,18 +175,6 @@ def evaluate(
         "split_seed": split_seed,
         "plan": dataclasses.asdict(plan),
         "variants": [arm.name for arm in arms],
-        "model": {field: getattr(model.config, field) for field in _DESCRIBED},
+        "model": {field: getattr(model.config, field) for field in DESCRIBED},
     }
     return Outcome(rows, meta, write_results(rows, output, STEM, meta=meta, heads=evaluation.heads()))
-
-
-_DESCRIBED = (
-    "sliding_window",
-    "num_sink_tokens",
-    "index_dim",
-    "index_rotary_dim",
-    "index_top_p",
-    "index_min_tokens",
-    "index_block_size",
-    "index_key_sharing",
-)

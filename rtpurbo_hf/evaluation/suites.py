@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..training.data import Document, pack_documents
 from .prompts import Example
 from .questions import QARecord
-from .results import RecordStore, ResultRow, result_row
+from .results import Key, RecordStore, ResultRow, result_row
 from .scoring import (
     Arm,
     Record,
@@ -136,6 +136,7 @@ class Evaluation:
     ) -> None:
         self.arms, self.reference, self.plan, self.store = list(arms), reference, plan, store
         self.tokenizer, self.documents, self.qa_data = tokenizer, documents, qa_data
+        self._packed: dict[int, torch.Tensor] = {}
         self._haystack = [document.text for document in documents if document.text]
         self._progress = progress
         self._generating = [arm for arm in self.arms if arm.name not in emulated]
@@ -155,13 +156,30 @@ class Evaluation:
             if arm.variant.needs_equal and id(arm.model) not in self._sparse:
                 raise ValueError(f"{arm.name} takes its budget from the variant 'sparse': list that too")
 
+    def keys(self) -> list[Key]:
+        """All records that the plan asks for."""
+        plan = self.plan
+        found: list[Key] = []
+        for length in plan.lengths:
+            sources: list[tuple[str, str, int, list[Arm]]] = []
+            if plan.scores_text:
+                sources.append(("text", "block", len(self._blocks(length)), self.arms))
+            if "passkey" in plan.suites:
+                sources.append(("passkey", "document", plan.samples, self.arms))
+            if "ruler" in plan.suites:
+                sources += [("ruler", task, plan.samples, self._generating) for task in plan.tasks]
+            for suite, task, count, arms in sources:
+                found += [(suite, task, length, arm.name, sample) for sample in range(count) for arm in arms]
+        return found
+
+    def is_complete(self) -> bool:
+        """Whether the store has all records."""
+        return all(key in self.store for key in self.keys())
+
     def run(self) -> None:
         """Score whatever the store does not have yet."""
         plan = self.plan
-        emulations = plan.blocks * plan.scores_text + plan.samples * ("passkey" in plan.suites)
-        answers = plan.samples * len(plan.tasks) * ("ruler" in plan.suites)
-        total = len(plan.lengths) * (emulations * len(self.arms) + answers * len(self._generating))
-        with tqdm(total=total, desc="evaluate", disable=not self._progress) as bar:
+        with tqdm(total=len(self.keys()), desc="evaluate", disable=not self._progress) as bar:
             for length in plan.lengths:
                 if plan.scores_text:
                     self._text(length, bar)
@@ -183,16 +201,21 @@ class Evaluation:
         sparse = self._sparse[id(arm.model)]
         return self.store[suite, task, length, sparse.name, sample].selected_tokens
 
+    def _blocks(self, length: int) -> torch.Tensor:
+        """Text blocks `[N, length]`; fewer than planned if there is less text."""
+        if length not in self._packed:
+            count, seed = self.plan.blocks, self.plan.seed
+            blocks = pack_documents(
+                self.documents, self.tokenizer, length, limit=count, blocks_per_document=2, seed=seed
+            )
+            if len(blocks) < count:
+                logger.warning("the text gives %d blocks of %d tokens, not %d", len(blocks), length, count)
+            self._packed[length] = blocks.input_ids
+        return self._packed[length]
+
     def _text(self, length: int, bar) -> None:
-        plan = self.plan
-        rows = min(plan.rows, length - 1)
-        blocks = pack_documents(
-            self.documents, self.tokenizer, length, limit=plan.blocks, blocks_per_document=2, seed=plan.seed
-        )
-        if len(blocks) < plan.blocks:
-            logger.warning("the text gives %d blocks of %d tokens, not %d", len(blocks), length, plan.blocks)
-        bar.total -= (plan.blocks - len(blocks)) * len(self.arms)
-        for sample, ids in enumerate(blocks.input_ids):
+        rows = min(self.plan.rows, length - 1)
+        for sample, ids in enumerate(self._blocks(length)):
             missing = self._missing("text", "block", length, sample, self.arms, bar)
             if not missing:
                 continue
