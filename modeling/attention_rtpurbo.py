@@ -17,7 +17,7 @@ from torch import nn
 from ..kernels.common import index_tensor, use_triton
 from ..kernels.decode import decode_attention
 from ..kernels.dense import dense_attention
-from ..kernels.indexed import indexed_attention_reference
+from ..kernels.indexed import Selector, indexed_attention_reference
 from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
 from ..kernels.sparse_prefill import sparse_prefill_attention
@@ -82,6 +82,7 @@ class ForwardState:
     decode_rows: DecodeRows | None = None
     observer: Callable[[AttentionInputs], torch.Tensor | None] | None = None
     on_selection: Callable[..., None] | None = None
+    selector: Selector | None = None
     losses: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -232,7 +233,8 @@ class _Step:
 
     @property
     def selects(self) -> bool:
-        return self.plan.indexed and bool(self.plan.retrieval) and self.layer.config.index_top_p < 1.0
+        chosen = self.layer.config.index_top_p < 1.0 or self.state.selector is not None
+        return self.plan.indexed and bool(self.plan.retrieval) and chosen
 
     @property
     def backend(self) -> str:
@@ -399,6 +401,7 @@ class _Step:
             q_slots=q_slots,
             start=self.state.start,
             on_selection=None if observe is None else _for_layer(observe, self.layer.layer_idx),
+            selector=self.state.selector,
             **self.options,
         )
 

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..kernels.common import starts
+from ..kernels.indexed import Selector
 from .attention_rtpurbo import (
     ATTENTION_NAME,
     DecodeRows,
@@ -225,6 +226,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         decode_rows: torch.Tensor | int | None = None,
         observer: Callable | None = None,
         on_selection: Callable | None = None,
+        selector: Selector | None = None,
         layer_loss: Callable | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -236,11 +238,14 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 number of last rows.
             observer: called with `AttentionInputs` in each converted layer.
             on_selection: called with (layer index, rows, selected, visible, dense weights) per tile of sparse rows.
+            selector: chooses what sparse rows attend to in place of the index, see `SelectionTile`; for measurements,
+                on forwards without a cache.
             layer_loss: like `observer`, returns a scalar: the backbone runs dense and without gradients, and the
                 output's `loss` is the sum over layers (stage 1; it keeps the gradients inside `layer_loss`).
 
         Raises:
-            ValueError: a 4-D mask, a mask with holes, packed sequences, or a cache of another kind.
+            ValueError: a 4-D mask, a mask with holes, packed sequences, a cache of another kind, or a cache together
+                with a selector.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -249,6 +254,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             return self._layer_losses(shape, input_ids, attention_mask, position_ids, inputs_embeds, layer_loss, kwargs)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if selector is not None and (use_cache or past_key_values is not None):
+            raise ValueError("a selector works without a cache only: pass use_cache=False, and decode_rows to emulate")
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         if past_key_values is not None and not isinstance(past_key_values, RTPurboCache):
@@ -276,6 +283,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             decode_rows=decode_rows,
             observer=observer,
             on_selection=on_selection,
+            selector=selector,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
@@ -293,13 +301,14 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         decode_rows: torch.Tensor | int | None = None,
         observer: Callable | None = None,
         on_selection: Callable | None = None,
+        selector: Selector | None = None,
         use_cache: bool = True,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """`forward` after its arguments were looked at: hand the state down and run the base model."""
         shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         state = self._state(shape, attention_mask, position_ids, cache)
-        state.observer, state.on_selection = observer, on_selection
+        state.observer, state.on_selection, state.selector = observer, on_selection, selector
         if decode_rows is not None:
             state.decode_rows = self._decode_rows(decode_rows, shape, attention_mask, state)
         with self._handed_down(state) as handed:

@@ -20,10 +20,13 @@ from .auto import RTPurboForCausalLM
 from .benchmarks.harness import environment
 from .evaluation.fidelity import compare_modes
 from .presets import Preset
+from .recipe_data import AdaptationData as _Data
+from .recipe_data import adaptation_data as _data
+from .recipe_data import part_of as _part
 from .report import write_report
 from .sources import BaseModel, load_base
 from .training.calibration import Calibration, calibrate
-from .training.data import EVALUATION_KEYS, NeedleMixer, TokenBlocks, load_texts, pack_documents, split_documents
+from .training.data import EVALUATION_KEYS, NeedleMixer
 from .training.indexer_arguments import IndexerTrainingArguments
 from .training.indexer_init import initialise_indexers
 from .training.indexer_trainer import IndexerTrainer
@@ -51,48 +54,6 @@ class Adaptation:
     model: RTPurboForCausalLM
     adapter: Path
     report: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Data:
-    calibration: TokenBlocks
-    train: TokenBlocks
-    held_out: TokenBlocks
-    prompts: TokenBlocks
-
-
-def _data(source, tokenizer, settings: Preset, seed: int) -> _Data:
-    documents = load_texts(source, min_chars=2 * settings.context, seed=seed, limit=4000)
-    train, held_out = split_documents(documents, held_out=0.1, seed=seed)
-    length = settings.context
-    held = settings.eval_blocks + settings.eval_prompts
-    evaluation = pack_documents(held_out, tokenizer, length, limit=held, blocks_per_document=2, seed=seed)
-    if len(evaluation) < 2:
-        raise ValueError(
-            f"{source}: the held-out part gives {len(evaluation)} block of {length} tokens, at least 2 are needed; "
-            "give more or longer documents, or a shorter context"
-        )
-    texts = max(len(evaluation) * settings.eval_blocks // held, 1)
-    limit = settings.train_blocks + settings.calibration_documents
-    blocks = pack_documents(train, tokenizer, length, limit=limit, blocks_per_document=2, seed=seed)
-    count = min(settings.calibration_documents, max(len(blocks) - 1, 1))
-    mixed = NeedleMixer(tokenizer).mix(_part(blocks, count, None), share=settings.needle_share, seed=seed)
-    return _Data(
-        calibration=_part(blocks, 0, count),
-        train=mixed,
-        held_out=_part(evaluation, 0, texts),
-        prompts=_part(evaluation, texts, None),
-    )
-
-
-def _part(blocks: TokenBlocks, first: int, last: int | None) -> TokenBlocks:
-    cut = slice(first, last)
-    return TokenBlocks(
-        blocks.input_ids[cut],
-        blocks.needle_rows[cut],
-        None if blocks.label_mask is None else blocks.label_mask[cut],
-        blocks.document_ids[cut],
-    )
 
 
 class _Clock:

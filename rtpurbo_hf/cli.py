@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from . import cli_hub
+from . import cli_eval, cli_hub
+from .cli_options import (
+    Base,
+    Checkpoint,
+    Data,
+    Device,
+    DType,
+    Output,
+    Precision,
+    Seed,
+    checkpoint_named,
+    device_named,
+    dtype_named,
+)
 
 app = typer.Typer(
     name="rtpurbo",
@@ -26,55 +39,9 @@ app.add_typer(bench, name="bench")
 _READABLE = (ValueError, OSError, RuntimeError, NotImplementedError)
 
 
-class DType(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 class Granularity(StrEnum):
     head = "head"
     kv_head = "kv_head"
-
-
-Base = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a short name: smollm2-135m, gemma3-270m.")]
-Checkpoint = Annotated[str, typer.Argument(help="RTPurbo checkpoint: a folder or a Hub id.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data", help="Text: a file, folder, Hub data set, or 'system'; may be repeated.", show_default="system"
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of data order, needles, initialisation and sampling.")]
-Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, or auto.")]
-Precision = Annotated[
-    DType | None, typer.Option(help="Dtype of the model.", show_default="float32 on CPU, else bfloat16")
-]
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device here; use --device cpu")
-    return name
-
-
-def _dtype(choice: DType | None, device: str):
-    import torch
-
-    if choice is None:
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    return getattr(torch, choice.value)
-
-
-def _checkpoint(name: str) -> str:
-    if not Path(name).is_dir() and name.count("/") != 1:
-        raise ValueError(f"checkpoint {name!r} is neither a folder nor a Hub id 'owner/name'")
-    return name
 
 
 @app.callback()
@@ -126,7 +93,7 @@ def adapt(
         train_blocks=train_blocks,
         learning_rate=learning_rate,
     )
-    device = _device(device)
+    device = device_named(device)
     done = run(
         base,
         output,
@@ -134,7 +101,7 @@ def adapt(
         data=data or "system",
         seed=seed,
         device=device,
-        dtype=_dtype(dtype, device),
+        dtype=dtype_named(dtype, device),
         report_to=report_to,
     )
     typer.echo(markdown(done.report))
@@ -166,8 +133,8 @@ def calibrate(
     target = output / "calibration.json"
     if target.exists():
         raise ValueError(f"{target} exists: choose another --output, or remove it")
-    device = _device(device)
-    source = load_base(base, dtype=_dtype(dtype, device), device=device)
+    device = device_named(device)
+    source = load_base(base, dtype=dtype_named(dtype, device), device=device)
     texts = load_texts(data or "system", min_chars=2 * context, seed=seed, limit=50 * documents)
     blocks = pack_documents(texts, source.tokenizer, context, blocks_per_document=1, limit=documents, seed=seed)
     model = RTPurboForCausalLM.from_base(source.model, base_model_revision=source.revision)
@@ -206,7 +173,7 @@ def train_indexer(
     record = parse_json(heads.read_text(encoding="utf-8"), heads)
     plain = isinstance(record, dict) and "scores" not in record
     settings = named(preset, context=context, sliding_window=window, steps=steps, train_blocks=train_blocks)
-    device = _device(device)
+    device = device_named(device)
     adapter, metrics = train_adapter(
         base,
         output,
@@ -215,7 +182,7 @@ def train_indexer(
         data=data or "system",
         seed=seed,
         device=device,
-        dtype=_dtype(dtype, device),
+        dtype=dtype_named(dtype, device),
         report_to=report_to,
     )
     typer.echo(json.dumps(metrics, indent=2))
@@ -247,10 +214,10 @@ def generate(
         text = sys.stdin.read()
     if output is not None and output.exists():
         raise ValueError(f"{output} exists: choose another --output, or remove it")
-    checkpoint, device = _checkpoint(checkpoint), _device(device)
+    checkpoint, device = checkpoint_named(checkpoint), device_named(device)
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=_dtype(dtype, device)).to(device).eval()
+    model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=dtype_named(dtype, device)).to(device).eval()
     if chat:
         message = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
@@ -278,7 +245,7 @@ def info(
     from .info import checkpoint_info
 
     facts = checkpoint_info(
-        RTPurboConfig.from_pretrained(_checkpoint(checkpoint)), context=context, dtype=getattr(torch, dtype.value)
+        RTPurboConfig.from_pretrained(checkpoint_named(checkpoint)), context=context, dtype=getattr(torch, dtype.value)
     ).to_dict()
     if output is not None:
         output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -308,7 +275,7 @@ def bench_kernels(
     """Time our kernels and their peers in one process (CUDA only); each figure is checked against a reference."""
     from .benchmarks.kernels import run_kernel_benchmarks
 
-    _device("cuda")
+    device_named("cuda")
     run_kernel_benchmarks(preset, output, only=only)
 
 
@@ -330,6 +297,7 @@ def bench_training(
 
 
 cli_hub.register(app)
+cli_eval.register(app)
 
 
 def main() -> None:

@@ -127,7 +127,17 @@ def test_debug_shows_the_trace(workplace):
 
 
 @pytest.mark.parametrize(
-    "command", ["adapt", "calibrate", "train-indexer", "generate", "info", "bench kernels", "bench training"]
+    "command",
+    [
+        "adapt",
+        "calibrate",
+        "train-indexer",
+        "generate",
+        "info",
+        "bench kernels",
+        "bench training",
+        "eval",
+    ],
 )
 def test_help_has_an_example(workplace, command):
     assert f"Example: rtpurbo {command}" in " ".join(rtpurbo(workplace, *command.split(), "--help").stdout.split())

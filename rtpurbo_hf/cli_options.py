@@ -1,0 +1,58 @@
+"""Options that several commands have, and what their values mean."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Base = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a short name: smollm2-135m, gemma3-270m.")]
+Checkpoint = Annotated[str, typer.Argument(help="RTPurbo checkpoint: a folder or a Hub id.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", help="Text: a file, folder, Hub data set, or 'system'; may be repeated.", show_default="system"
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of data order, needles, initialisation and sampling.")]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, or auto.")]
+Precision = Annotated[
+    DType | None, typer.Option(help="Dtype of the model.", show_default="float32 on CPU, else bfloat16")
+]
+
+
+def device_named(name: str) -> str:
+    """The device that `name` means here; ValueError if it is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device here; use --device cpu")
+    return name
+
+
+def dtype_named(choice: DType | None, device: str):
+    """The torch dtype of a choice; None: float32 on the CPU, else bfloat16."""
+    import torch
+
+    if choice is None:
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return getattr(torch, choice.value)
+
+
+def checkpoint_named(name: str) -> str:
+    """`name`, if it can be a checkpoint; ValueError otherwise."""
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise ValueError(f"checkpoint {name!r} is neither a folder nor a Hub id 'owner/name'")
+    return name

@@ -1,0 +1,180 @@
+"""`rtpurbo eval`: load what is compared, score it, write the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from ..auto import RTPurboForCausalLM
+from ..benchmarks.harness import environment
+from ..sources import load_base
+from ..training.data import Document, documents_hash, load_texts, split_documents
+from .questions import QARecord, load_qa
+from .results import PARTIAL_FILE, RecordStore, ResultRow, write_results
+from .scoring import Arm
+from .suites import Evaluation, Plan
+from .variants import Variant, parse_variant
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"
+STEM = "fidelity"
+DESCRIBED = (
+    "sliding_window",
+    "num_sink_tokens",
+    "index_dim",
+    "index_rotary_dim",
+    "index_top_p",
+    "index_min_tokens",
+    "index_block_size",
+    "index_key_sharing",
+)
+_HAYSTACK = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result rows, what was measured with, and the files written."""
+
+    rows: list[ResultRow]
+    meta: dict[str, Any]
+    files: list[Path]
+
+
+def held_out_documents(data: Any, length: int, *, split_seed: int = 0, limit: int = _HAYSTACK) -> list[Document]:
+    """Documents that an adaptation with seed `split_seed` on the same data neither trained nor calibrated on.
+
+    Args:
+        data: see `load_texts`. length: tokens that a document should fill.
+        split_seed: seed of the adaptation. limit: at most so many documents.
+
+    Raises:
+        ValueError: no document is long enough, or none is held out.
+    """
+    documents = load_texts(data, min_chars=2 * length, seed=split_seed, limit=4000)
+    _, held_out = split_documents(documents, held_out=0.1, seed=split_seed)
+    return held_out[:limit]
+
+
+def fingerprint(checkpoint: str, config: PreTrainedConfig) -> str:
+    """A hash of a checkpoint's files, or of a Hub checkpoint's name, commit and config."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    else:
+        digest.update(f"{checkpoint}@{getattr(config, '_commit_hash', None)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _load(checkpoint: str, device: str, dtype: torch.dtype) -> RTPurboForCausalLM:
+    return RTPurboForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+
+
+def _base_arm(model: RTPurboForCausalLM, device: str, dtype: torch.dtype) -> Arm:
+    """The dense base model that a checkpoint names."""
+    name = model.config.base_model_name_or_path
+    if not name:
+        raise ValueError("--compare base: the checkpoint does not name its base model; leave --compare out")
+    source = load_base(name, dtype=dtype, device=device, revision=model.config.base_model_revision)
+    return Arm(BASE, RTPurboForCausalLM.from_base(source.model), Variant(BASE, "dense"))
+
+
+def evaluate(
+    checkpoint: str,
+    output: str | Path,
+    plan: Plan,
+    *,
+    variants: Sequence[Variant],
+    emulated: Sequence[Variant] = (),
+    compare: str | None = None,
+    data: Any = "system",
+    qa_data: str | Path | None = None,
+    split_seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> Outcome:
+    """Score variants of a checkpoint and write `fidelity.json`, `.md` and `.png` into `output`.
+
+    Args:
+        checkpoint: folder or Hub id of an RTPurbo checkpoint.
+        output: folder; an interrupted run with the same settings goes on.
+        plan: what is scored; its `gap` is set to the checkpoint's window.
+        variants: in all suites. emulated: further ones, in all suites but `ruler`.
+        compare: `"base"` adds the dense base model, and measures against it; another checkpoint adds its variants,
+            `NAME@OTHER`. None measures against the checkpoint's own dense mode.
+        data: held-out text is taken from it, see `held_out_documents`.
+        qa_data: file for task `qa`. device, dtype: of the models.
+
+    Raises:
+        ValueError: settings that do not fit together, too little text, or `output` holds results of other settings.
+    """
+    output = Path(output)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = _load(checkpoint, device, dtype)
+    plan = dataclasses.replace(plan, gap=model.config.sliding_window)
+    documents = held_out_documents(data, max(plan.lengths), split_seed=split_seed)
+    questions: list[QARecord] | None = None if qa_data is None else load_qa(qa_data)
+    arms = [Arm(variant.name, model, variant) for variant in (*variants, *emulated)]
+    reference = next((arm for arm in arms if arm.name == "dense"), Arm("dense", model, parse_variant("dense")))
+    prints = [fingerprint(checkpoint, model.config)]
+    without_ruler = [variant.name for variant in emulated]
+    if compare == BASE:
+        reference = _base_arm(model, device, dtype)
+        arms.insert(0, reference)
+    elif compare is not None:
+        other = _load(compare, device, dtype)
+        if other.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+            raise ValueError(f"--compare {compare}: another vocabulary, tokens cannot be compared")
+        name = Path(compare).name
+        prints.append(fingerprint(compare, other.config))
+        arms += [Arm(f"{v.name}@{name}", other, v) for v in (*variants, *emulated)]
+        without_ruler += [f"{variant.name}@{name}" for variant in emulated]
+    settings: dict[str, Any] = {
+        "checkpoint": Path(checkpoint).name if Path(checkpoint).is_dir() else checkpoint,
+        "fingerprints": prints,
+        "compare": compare if compare in (None, BASE) else Path(str(compare)).name,
+        "documents": documents_hash(documents),
+        "qa_data": None if questions is None else len(questions),
+        "blocks": plan.blocks,
+        "rows": plan.rows,
+        "seed": plan.seed,
+        "gap": plan.gap,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    evaluation = Evaluation(
+        arms,
+        reference,
+        plan,
+        tokenizer=tokenizer,
+        documents=documents,
+        store=RecordStore(output / PARTIAL_FILE, settings),
+        emulated=without_ruler,
+        qa_data=questions,
+        progress=progress,
+    )
+    evaluation.run()
+    rows = evaluation.rows()
+    meta = {
+        **environment(),
+        **settings,
+        "reference": reference.name,
+        "data": data if isinstance(data, str) else [Path(str(name)).name for name in data],
+        "split_seed": split_seed,
+        "plan": dataclasses.asdict(plan),
+        "variants": [arm.name for arm in arms],
+        "model": {field: getattr(model.config, field) for field in DESCRIBED},
+    }
+    return Outcome(rows, meta, write_results(rows, output, STEM, meta=meta, heads=evaluation.heads()))
