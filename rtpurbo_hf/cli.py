@@ -77,6 +77,13 @@ def _checkpoint(name: str) -> str:
     return name
 
 
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between them, as 8192,131072; got {text!r}") from None
+
+
 @app.callback()
 def _main(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False,
@@ -310,6 +317,26 @@ def bench_kernels(
 
     _device("cuda")
     run_kernel_benchmarks(preset, output, only=only)
+
+
+@bench.command("model", epilog="Example: rtpurbo bench model --preset paper --shape qwen3-8b --output results/")
+def bench_model(
+    output: Output = Path("build/bench"),
+    preset: Annotated[str, typer.Option(help="quick or paper.")] = "quick",
+    shape: Annotated[str, typer.Option(help="qwen3-8b, or qwen3-30b-a3b (12 of its 48 layers).")] = "qwen3-8b",
+    lengths: Annotated[str | None, typer.Option(help="Tokens instead of the preset's, as 8192,131072.")] = None,
+    batch: Annotated[str, typer.Option(help="Batches of the decode steps, as 1,4.")] = "1",
+    layers: Annotated[int | None, typer.Option(help="Layers to build.", show_default="the shape's")] = None,
+) -> None:
+    """Time a whole model with random weights against its dense base (CUDA only): prefill, decode, cache bytes."""
+    from .benchmarks.harness import table
+    from .benchmarks.model import COLUMNS, run_model_benchmark
+
+    tokens = _numbers("--lengths", lengths) if lengths else None
+    batches = _numbers("--batch", batch)
+    _device("cuda")
+    rows = run_model_benchmark(preset, output, shape=shape, lengths=tokens, batches=batches, layers=layers)
+    typer.echo(table(rows, extra=COLUMNS))
 
 
 cli_hub.register(app)
