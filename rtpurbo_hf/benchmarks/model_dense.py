@@ -8,6 +8,7 @@ use, with the query heads of a KV head packed as rows.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .harness import capture, measure
 
 logger = logging.getLogger(__name__)
-PACKED = "rtpurbo_bench_packed_flash"
+PACKED = "rtpurbo_bench_packed"
 TILE = 32_768
 # StaticCache with a mask repeats K and V for every query head: seconds a step beyond this
 STATIC_LIMIT = 131_072
@@ -115,7 +116,7 @@ def _replayed(base, ids: torch.Tensor, positions: torch.Tensor, cache: Cache) ->
 
 def _packed_ms(base, ids: torch.Tensor, positions: torch.Tensor, length: int) -> float:
     text = base.config
-    layers = []
+    layers: list[Any] = []
     for _ in range(text.num_hidden_layers):
         layer = LastSlotLayer()
         layer.fill(ids.shape[0], text.num_key_value_heads, length, text.head_dim)
@@ -130,7 +131,8 @@ def _packed_ms(base, ids: torch.Tensor, positions: torch.Tensor, length: int) ->
 def _static_ms(base, ids: torch.Tensor, positions: torch.Tensor, length: int) -> float:
     cache = StaticCache(config=base.config, max_cache_len=length + 64)
     base(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         layer.keys.normal_()
         layer.values.normal_()
         if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):

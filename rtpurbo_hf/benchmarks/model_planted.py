@@ -16,6 +16,7 @@ import torch
 from ..kernels.score_select import select_top_p
 from ..modeling.attention_rtpurbo import AttentionInputs
 from ..modeling.cache_rtpurbo import RTPurboCache, RTPurboCacheLayer
+from ..modeling.indexer_rtpurbo import RTPurboIndexer
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from .kernels_decode import SPAN, spreads
 
@@ -49,7 +50,7 @@ def converted_layer(cache: RTPurboCache, layer_idx: int) -> RTPurboCacheLayer:
 
 def index_queries(inputs: AttentionInputs) -> torch.Tensor:
     """The index queries `[B, n, M, r]` of an observed layer, fp32."""
-    assert inputs.indexer is not None
+    assert isinstance(inputs.indexer, RTPurboIndexer)
     with torch.no_grad():
         return inputs.indexer.queries(inputs.query_pre, inputs.positions)
 
