@@ -19,9 +19,10 @@ from ..kernels.common import index_tensor, use_triton
 from ..kernels.decode import decode_attention, decode_step
 from ..kernels.dense import dense_attention
 from ..kernels.indexed import indexed_attention_reference
+from ..kernels.rotate_step import rotate_step
 from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
-from .families_rtpurbo import Family, rotation
+from .families_rtpurbo import Family, rotation, swaps_halves
 from .plan_rtpurbo import HeadPlan
 
 ATTENTION_NAME = "rtpurbo"
@@ -93,6 +94,7 @@ class RTPurboLayer:
         self.config = config
         self.plans = plans
         self.rotation = rotation(attention, family)
+        self.swaps_halves = self.rotation is not None and not family.partial_rotary and swaps_halves(self.rotation)
         self.cache_argument = family.cache_argument
         self.signature = inspect.signature(attention.forward)
         self.state: ForwardState | None = None
@@ -154,9 +156,9 @@ def rtpurbo_attention(
     layer: RTPurboLayer = module.rtpurbo
     cos, sin, cache = rtpurbo_call
     query_pre, key_pre = query, key
-    if layer.rotation is not None:
-        query, key = layer.rotation(query, key, cos, sin)
     state = rtpurbo_state
+    if layer.rotation is not None:
+        query, key = _rotate(layer, state, query, key, cos, sin)
     device = query.device
     positions = state.positions.to(device)
     plan = routed = layer.plans[state.mode]
@@ -205,6 +207,14 @@ def rtpurbo_attention(
     else:
         step.chunk(out, view)
     return out, None
+
+
+def _rotate(layer: RTPurboLayer, state: ForwardState, query, key, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate with the base's own code, or in one launch in a decode step of a family whose rotation is known."""
+    fits = layer.swaps_halves and state.is_decode and cos.shape[-1] == query.shape[-1] and cos.dtype == query.dtype
+    if fits and use_triton(layer.config.attention_backend, query) and not torch.compiler.is_compiling():
+        return rotate_step(query, key, cos, sin)
+    return layer.rotation(query, key, cos, sin)
 
 
 def _native_sliding(module, query, key, value, window, state: ForwardState, options: dict) -> torch.Tensor:
