@@ -10,18 +10,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import nn
 
 from ..kernels.common import index_tensor, use_triton
-from ..kernels.decode import decode_attention
+from ..kernels.decode import decode_attention, decode_step
 from ..kernels.dense import dense_attention
 from ..kernels.indexed import Selector, indexed_attention_reference
+from ..kernels.rotate_step import rotate_step
 from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
 from ..kernels.sparse_prefill import sparse_prefill_attention
-from .families_rtpurbo import Family, rotation
+from .families_rtpurbo import Family, rotation, swaps_halves
 from .plan_rtpurbo import HeadPlan
 
 ATTENTION_NAME = "rtpurbo"
@@ -94,9 +96,17 @@ class RTPurboLayer:
         self.config = config
         self.plans = plans
         self.rotation = rotation(attention, family)
+        self.swaps_halves = self.rotation is not None and not family.partial_rotary and swaps_halves(self.rotation)
         self.cache_argument = family.cache_argument
         self.signature = inspect.signature(attention.forward)
         self.state: ForwardState | None = None
+
+
+@lru_cache(maxsize=64)
+def _identity(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of no rotation, made once: no launches of their own in a decode step."""
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=dtype, device=device), torch.zeros((), dtype=dtype, device=device)
 
 
 def attention_pre_hook(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -107,7 +117,8 @@ def attention_pre_hook(attention: nn.Module, args: tuple, kwargs: dict) -> tuple
     arguments.update(arguments.pop("kwargs", {}))
     cos, sin = arguments["position_embeddings"]
     arguments["rtpurbo_call"] = (cos, sin, arguments.get(layer.cache_argument))
-    arguments["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+    one, zero = _identity(cos.dtype, cos.device)
+    arguments["position_embeddings"] = (one.expand(cos.shape), zero.expand(sin.shape))
     arguments[layer.cache_argument] = None
     arguments.setdefault("rtpurbo_state", layer.state)
     return (), arguments
@@ -147,9 +158,9 @@ def rtpurbo_attention(
     layer: RTPurboLayer = module.rtpurbo
     cos, sin, cache = rtpurbo_call
     query_pre, key_pre = query, key
-    if layer.rotation is not None:
-        query, key = layer.rotation(query, key, cos, sin)
     state = rtpurbo_state
+    if layer.rotation is not None:
+        query, key = _rotate(layer, state, query, key, cos, sin)
     device = query.device
     positions = state.positions.to(device)
     plan = routed = layer.plans[state.mode]
@@ -169,8 +180,13 @@ def rtpurbo_attention(
         # 16 bits are enough to route, and make tokens that tie in exact arithmetic tie in every batch shape
         dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
         rotation = None if state.rotation is None else tuple(part.to(device) for part in state.rotation)
-        index_query = module.indexer.queries(query_pre, positions, rotation).to(dtype)
-        index_key = module.indexer.keys(key_pre, positions, rotation).to(dtype)
+        if state.is_decode:
+            index_query, index_key = module.indexer.step(
+                query_pre, key_pre, positions, rotation, dtype=dtype, backend=layer.config.attention_backend
+            )
+        else:
+            index_query = module.indexer.queries(query_pre, positions, rotation).to(dtype)
+            index_key = module.indexer.keys(key_pre, positions, rotation).to(dtype)
     step = _Step(layer, plan, state, options, query, key, value, index_query, index_key)
     view = None
     if cache is not None:
@@ -182,6 +198,7 @@ def rtpurbo_attention(
             start=state.start,
             decode_length=None if state.length is None else state.length.to(device),
             dense=state.is_dense,
+            write=not (state.is_decode and step.fuses),
             backend=layer.config.attention_backend,
         )
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
@@ -192,6 +209,14 @@ def rtpurbo_attention(
     else:
         step.chunk(out, view)
     return out, None
+
+
+def _rotate(layer: RTPurboLayer, state: ForwardState, query, key, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate with the base's own code, or in one launch in a decode step of a family whose rotation is known."""
+    fits = layer.swaps_halves and state.is_decode and cos.shape[-1] == query.shape[-1] and cos.dtype == query.dtype
+    if fits and use_triton(layer.config.attention_backend, query) and not torch.compiler.is_compiling():
+        return rotate_step(query, key, cos, sin)
+    return layer.rotation(query, key, cos, sin)
 
 
 def _native_sliding(module, query, key, value, window, state: ForwardState, options: dict) -> torch.Tensor:
@@ -243,6 +268,11 @@ class _Step:
     @property
     def retrieval_prefill(self) -> str:
         return self.layer.config.retrieval_prefill if self.selects else "dense"
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a decode step writes its tokens while it selects: `decode_step`."""
+        return self.selects and use_triton(self.backend, self.query)
 
     def fresh(self, out: torch.Tensor) -> None:
         """Nothing is cached: this forward's own keys are all there is."""
@@ -306,6 +336,35 @@ class _Step:
         start = None if state.start is None else state.start.to(device)
         if use_triton(self.backend, self.query):
             workspace = cache.workspace(self.query, plan, view.full_key.shape[2], config.index_block_size)
+        if self.fuses:
+            decode_step(
+                self.query,
+                self.key,
+                self.value,
+                self.index_query,
+                self.index_key,
+                view.full_key,
+                view.full_value,
+                view.index_key,
+                view.window_key,
+                view.window_value,
+                retrieval_heads=retrieval,
+                index_heads=plan.index_heads,
+                full_slot=plan.full_slot,
+                window_slot=plan.window_slot,
+                length=length,
+                start=start,
+                top_p=config.index_top_p,
+                min_tokens=config.index_min_tokens,
+                block_size=config.index_block_size,
+                window=config.sliding_window,
+                num_sinks=config.num_sink_tokens,
+                out=out,
+                workspace=workspace,
+                backend=self.backend,
+                **self.options,
+            )
+            return
         if retrieval:
             selection = select_top_p(
                 self.index_query,

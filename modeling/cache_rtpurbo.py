@@ -114,6 +114,7 @@ class RTPurboCacheLayer(CacheLayerMixin):
         start: torch.Tensor | None = None,
         decode_length: torch.Tensor | None = None,
         dense: bool = False,
+        write: bool = True,
         backend: str = "auto",
     ) -> tuple[CacheView, None]:
         """Write this forward's tokens and return what it attends to.
@@ -125,6 +126,7 @@ class RTPurboCacheLayer(CacheLayerMixin):
             decode_length: in a decode step, the slots in use after it, int32 `[1]` on the device; the caller reads the
                 stores themselves then, not a contiguous tail.
             dense: the context is still below `dense_below`: keep every KV head whole.
+            write: in a decode step, False leaves the writing to the caller (`decode_step`).
             backend: of the kernel that writes a decode step.
         """
         if dense and self.length == 0:
@@ -143,9 +145,9 @@ class RTPurboCacheLayer(CacheLayerMixin):
             self._unconfirmed = min(self._unconfirmed + new, RECORDED)
         self._reserve(total, start, fresh=past == 0)
         tail = {}
-        if decode_length is not None:
+        if decode_length is not None and write:
             self._append(key_states, value_states, index_key, start, decode_length, backend)
-        else:
+        elif decode_length is None:
             tail = self._extend(key_states, value_states, index_key, start)
         self.advance(new)
         view = CacheView(

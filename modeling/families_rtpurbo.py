@@ -11,9 +11,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
+
+from ..kernels.rotate_step import rotate_reference
 
 
 def _always(attention: nn.Module) -> bool:
@@ -148,3 +151,18 @@ def rotation(attention: nn.Module, family: Family) -> Callable | None:
         return torch.cat([q_rot, q[..., size:]], -1), torch.cat([k_rot, k[..., size:]], -1)
 
     return apply_partial
+
+
+@lru_cache(maxsize=64)
+def swaps_halves(apply: Callable) -> bool:
+    """Whether a rotation is `x * cos + [-x_2, x_1] * sin` over a whole head, as most families'; found by trying."""
+    with torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator("cpu").manual_seed(0)
+        query, key = (torch.randn(1, 1, 2, 8, generator=generator, device="cpu") for _ in range(2))
+        cos, sin = (torch.randn(1, 2, 8, generator=generator, device="cpu") for _ in range(2))
+        try:
+            rotated, _ = apply(query, key, cos, sin)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        expected = rotate_reference(query, cos, sin)
+        return rotated.shape == expected.shape and torch.allclose(rotated, expected, atol=1e-5)

@@ -13,10 +13,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ..kernels.common import index_tensor
+from ..kernels.index_project import Rotation, index_project, index_project_reference
 from .plan_rtpurbo import HeadPlan
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 @lru_cache(maxsize=64)
@@ -39,14 +37,6 @@ def index_rotation(positions: torch.Tensor, wavelengths: tuple[float, float], ro
     turns = torch.remainder(positions[:, None, :, None].double(), period) / period
     angle = (2 * math.pi * turns).float()
     return angle.cos(), angle.sin()
-
-
-def rotate_index(vectors: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotate pairs (i, i + n/2) of the last axis of fp32 `[B, H, M, n]`."""
-    cos, sin = rotation
-    half = vectors.shape[-1] // 2
-    first, second = vectors[..., :half], vectors[..., half:]
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
 class RTPurboIndexer(nn.Module):
@@ -73,21 +63,40 @@ class RTPurboIndexer(nn.Module):
         self, vectors: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None = None
     ) -> torch.Tensor:
         """Index vectors `[B, h, M, index_dim]` of `[B, h, M, D]` by a weight `[h, index_dim, D]`, rotated."""
-        projected = torch.matmul(vectors.to(weight.dtype), weight.transpose(-1, -2))
-        if self.rotary_dim == 0:
-            return projected
-        content = projected.shape[-1] - self.rotary_dim
-        rotated = rotate_index(projected[..., content:], rotation or self.rotation(positions))
-        return torch.cat([projected[..., :content], rotated], -1)
+        every = tuple(range(weight.shape[0]))
+        return index_project_reference(vectors, weight, heads=every, rotation=rotation or self.rotation(positions))
 
     def queries(
         self, query_pre: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None = None
     ) -> torch.Tensor:
         """Index queries `[B, n, M, index_dim]` of pre-RoPE queries `[B, Hq, M, D]` at positions `[B, M]`."""
-        heads = index_tensor(self.plan.retrieval, query_pre.device)
-        return self.project(query_pre[:, heads], self.q_proj, positions, rotation)
+        rotation = rotation or self.rotation(positions)
+        return index_project_reference(query_pre, self.q_proj, heads=self.plan.retrieval, rotation=rotation)
 
     def keys(self, key_pre: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None = None) -> torch.Tensor:
         """Index keys `[B, I, M, index_dim]` of pre-RoPE keys `[B, Hkv, M, D]` at positions `[B, M]`."""
-        heads = index_tensor(self.plan.index_key_kv, key_pre.device)
-        return self.project(key_pre[:, heads], self.k_proj, positions, rotation)
+        rotation = rotation or self.rotation(positions)
+        return index_project_reference(key_pre, self.k_proj, heads=self.plan.index_key_kv, rotation=rotation)
+
+    def step(
+        self,
+        query_pre: torch.Tensor,
+        key_pre: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: Rotation | None,
+        *,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`queries` and `keys` of a decode step's few tokens, in one launch, rounded to `dtype`; no gradients."""
+        return index_project(
+            query_pre,
+            key_pre,
+            self.q_proj,
+            self.k_proj,
+            heads=self.plan.retrieval,
+            kv_heads=self.plan.index_key_kv,
+            rotation=rotation or self.rotation(positions),
+            dtype=dtype,
+            backend=backend,
+        )

@@ -44,6 +44,13 @@ class Granularity(StrEnum):
     kv_head = "kv_head"
 
 
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between them, as 8192,131072; got {text!r}") from None
+
+
 @app.callback()
 def _main(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False,
@@ -289,11 +296,31 @@ def bench_training(
     """Time training steps of an 8B model against its dense forward (CUDA, 80 GB); each figure is checked."""
     from .benchmarks.training import run_training_benchmarks, summary
 
-    _device("cuda")
+    device_named("cuda")
     rows = run_training_benchmarks(preset, output, only=only, name=name)
     typer.echo(summary(rows))
     if any(row.extra["check"] != "ok" for row in rows):
         raise ValueError("some results are wrong: see the rows whose check is red")
+
+
+@bench.command("model", epilog="Example: rtpurbo bench model --preset paper --shape qwen3-8b --output results/")
+def bench_model(
+    output: Output = Path("build/bench"),
+    preset: Annotated[str, typer.Option(help="quick or paper.")] = "quick",
+    shape: Annotated[str, typer.Option(help="qwen3-8b, or qwen3-30b-a3b (12 of its 48 layers).")] = "qwen3-8b",
+    lengths: Annotated[str | None, typer.Option(help="Tokens instead of the preset's, as 8192,131072.")] = None,
+    batch: Annotated[str, typer.Option(help="Batches of the decode steps, as 1,4.")] = "1",
+    layers: Annotated[int | None, typer.Option(help="Layers to build.", show_default="the shape's")] = None,
+) -> None:
+    """Time a whole model with random weights against its dense base (CUDA only): prefill, decode, cache bytes."""
+    from .benchmarks.harness import table
+    from .benchmarks.model import COLUMNS, run_model_benchmark
+
+    tokens = _numbers("--lengths", lengths) if lengths else None
+    batches = _numbers("--batch", batch)
+    device_named("cuda")
+    rows = run_model_benchmark(preset, output, shape=shape, lengths=tokens, batches=batches, layers=layers)
+    typer.echo(table(rows, extra=COLUMNS))
 
 
 cli_hub.register(app)

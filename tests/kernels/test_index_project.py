@@ -1,0 +1,56 @@
+"""The decode step's index projection: the kernel (through the interpreter) against the indexer's own products."""
+
+import pytest
+import torch
+
+from rtpurbo_hf.kernels.index_project import index_project
+from rtpurbo_hf.modeling.indexer_rtpurbo import RTPurboIndexer
+from rtpurbo_hf.modeling.plan_rtpurbo import HeadPlan
+
+
+def case(*, rotary_dim: int, sharing: str = "head", index_dim: int = 16, head_dim: int = 24):
+    torch.manual_seed(0)
+    plan = HeadPlan(8, 4, (1, 2, 5, 7), True, sharing)
+    indexer = RTPurboIndexer(plan, head_dim, index_dim, rotary_dim, (8.0, 1024.0))
+    for weight in (indexer.q_proj, indexer.k_proj):
+        torch.nn.init.normal_(weight)
+    query, key = torch.randn(2, 3, 8, head_dim).transpose(1, 2), torch.randn(2, 4, 3, head_dim)
+    positions = torch.tensor([[5, 6, 7], [100, 101, 102]])
+    return indexer, query, key, positions
+
+
+# the interpreter cuts bf16 off instead of rounding it: one unit in the last place
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rotary_dim": 0},
+        {"rotary_dim": 4},
+        {"rotary_dim": 12, "index_dim": 12},
+        {"rotary_dim": 8, "sharing": "kv_head"},
+    ],
+    ids=["content", "rotated", "all rotated", "shared keys"],
+)
+@torch.no_grad()
+def test_same_as_the_indexer(options, backend, dtype, tolerance):
+    indexer, query, key, positions = case(**options)
+    queries, keys = index_project(
+        query, key, indexer.q_proj, indexer.k_proj, heads=indexer.plan.retrieval, kv_heads=indexer.plan.index_key_kv,
+        rotation=indexer.rotation(positions), dtype=dtype, backend=backend,
+    )  # fmt: skip
+    assert queries.dtype == keys.dtype == dtype
+    for got, expected in (
+        (queries, indexer.queries(query, positions)),
+        (keys, indexer.keys(key, positions)),
+    ):
+        torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=1e-5)
+
+
+def test_weights_must_fit():
+    indexer, query, key, _ = case(rotary_dim=0)
+    with pytest.raises(ValueError, match=r"query_weight must be \[2, r, 24\]"):
+        index_project(
+            query, key, indexer.q_proj, indexer.k_proj, heads=(1, 2), kv_heads=indexer.plan.index_key_kv, rotation=None,
+            dtype=torch.bfloat16,
+        )  # fmt: skip

@@ -1,0 +1,38 @@
+"""RoPE of a decode step: the kernel against the base models' own function, and which families it serves."""
+
+import pytest
+import torch
+from families import FAMILY_OPTIONS, tiny_base
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from rtpurbo_hf.kernels.rotate_step import rotate_reference, rotate_step
+from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_same_as_llama(rows):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 4, 24).transpose(1, 2), torch.randn(2, 2, 3, 24)
+    angle = torch.randn(rows, 3, 12).repeat(1, 1, 2)
+    got = rotate_step(query, key, angle.cos(), angle.sin())
+    expected = apply_rotary_pos_emb(query, key, angle.cos(), angle.sin())
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rotate_reference(query, angle.cos(), angle.sin()), expected[0])
+
+
+def test_cos_must_cover_the_head():
+    query, key, cos = torch.zeros(1, 2, 1, 16), torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 8)
+    with pytest.raises(ValueError, match=r"must be \[1, 1, 16\]"):
+        rotate_step(query, key, cos, cos)
+
+
+@pytest.mark.parametrize(
+    ("family", "halves"), [("llama", True), ("qwen3", True), ("cohere", False), ("glm", False), ("gpt_neox", True)]
+)
+def test_which_families_swap_halves(family, halves):
+    if family not in FAMILY_OPTIONS:
+        pytest.skip(f"{family} is not in the table of tiny bases")
+    base = tiny_base(family)
+    model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[0]] * base.config.num_hidden_layers)
+    assert {module.rtpurbo.swaps_halves for module in model.converted()} == {halves}
