@@ -1,4 +1,4 @@
-"""Stage 2: exact gradients of the sparse forward, the loss, accumulation, resume, LoRA, interruptions, two processes."""
+"""Stage 2: exact gradients of the sparse forward, loss, accumulation, resume, LoRA, interruptions, two processes."""
 
 import os
 import signal
@@ -191,7 +191,6 @@ def test_training_lowers_the_loss_and_leaves_the_indexers(tmp_path):
     assert trainer.evaluate()["eval_loss"] < 0.7 * start
     for name, value in weights(model).items():
         assert torch.equal(value, before[name]) == (".indexer." in name), name
-    assert trainer.state.log_history[0]["eval_loss"] == start
     assert model.config.use_cache
 
 

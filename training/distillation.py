@@ -113,7 +113,9 @@ class SelfDistillationTrainer(Trainer):
         if not isinstance(args, SelfDistillationArguments):
             raise ValueError(f"args must be SelfDistillationArguments, got {type(args).__name__}")
         if not model.indexers():
-            raise ValueError("the model has no retrieval heads: run stage 1 first (rtpurbo adapt, rtpurbo train-indexer)")
+            raise ValueError(
+                "the model has no retrieval heads: run stage 1 first (rtpurbo adapt, rtpurbo train-indexer)"
+            )
         self.interrupted = False
         self._lora: Any = None
         if args.lora_rank:
@@ -122,8 +124,8 @@ class SelfDistillationTrainer(Trainer):
             model.requires_grad_(True)
             if model.dtype != torch.float32 and args.learning_rate < _SMALL_STEP:
                 logger.warning(
-                    "full fine-tuning of %s weights at a learning rate of %g: most steps are lost in rounding; load the "
-                    "model with dtype=torch.float32 and set bf16=True",
+                    "full fine-tuning of %s weights at a learning rate of %g: most steps are lost in rounding; load "
+                    "the model with dtype=torch.float32 and set bf16=True",
                     model.dtype, args.learning_rate,
                 )  # fmt: skip
         for indexer in model.indexers().values():
@@ -159,6 +161,8 @@ class SelfDistillationTrainer(Trainer):
         decode_rows[is_row.nonzero()[:, 0], rows[is_row]] = True
         # of all rows of the batch that any of its blocks needs
         kept = decode_rows.any(0).nonzero()[:, 0]
+        if kept.numel() == 0:
+            kept = kept.new_zeros(1)
         with self.model.attention_mode("sparse"):
             logits = model(
                 input_ids=inputs["input_ids"],
@@ -167,7 +171,7 @@ class SelfDistillationTrainer(Trainer):
                 use_cache=False,
                 logits_to_keep=kept,
             ).logits
-        place = torch.searchsorted(kept, rows.clamp_min(0)).clamp_max(kept.numel() - 1)
+        place = torch.searchsorted(kept, rows.clamp_min(0)).clamp_max(len(kept) - 1)
         batch = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
         student = logits[batch, place[..., None], inputs["teacher_ids"]]
         total = torch.where(is_row, distillation_kl(student, inputs["teacher_logits"]), 0.0).sum()
@@ -177,9 +181,8 @@ class SelfDistillationTrainer(Trainer):
                 f"{inputs['block'].tolist()}: check the weights and the learning rate; the last checkpoint is unharmed"
             )
         # processes average their gradients, each has its part of the sum
-        loss = total / is_row.sum() if num_items_in_batch is None else (
-            total * self.args.world_size / num_items_in_batch
-        )  # fmt: skip
+        count = is_row.sum() if num_items_in_batch is None else num_items_in_batch / self.args.world_size
+        loss = total / count.clamp_min(1 / self.args.world_size)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     # checkpoints

@@ -44,7 +44,7 @@ class SelfDistillationArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     lora_rank: int = field(default=0, metadata={"help": "Rank of a LoRA on the attention projections; 0: none."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "Scale of the LoRA; default: twice its rank."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the LoRA; default: twice its rank."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -127,7 +127,9 @@ class TeacherCache(Dataset):
         _compare(self.folder, self.index, _identity(model, tokenizer, blocks, rows, k), _IDENTITY)
         for shard in self.index["shards"]:
             if not (self.folder / shard["file"]).is_file():
-                raise ValueError(f"{self.folder} lacks {shard['file']}: run `rtpurbo cache-teacher` again to complete it")
+                raise ValueError(
+                    f"{self.folder} lacks {shard['file']}: run `rtpurbo cache-teacher` again to complete it"
+                )
         counts = (rows >= 0).sum(1)
         self._first = (counts.cumsum(0) - counts).tolist()
         self._counts = counts.tolist()
