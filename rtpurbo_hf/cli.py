@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -65,10 +66,11 @@ def _device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device here; use --device cpu")
-    return name
+    # torchrun: each process has a GPU of its own
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
 
 
 def _dtype(choice: DType | None, device: str):
@@ -130,7 +132,13 @@ def adapt(
 
     if stages not in ("1", "1,2"):
         raise ValueError(f"--stages must be 1 or 1,2, got {stages!r}")
-    stage2 = Stage2(stage2_steps, stage2_learning_rate, accumulation, lora_rank, label_rows)
+    stage2 = Stage2(
+        steps=stage2_steps,
+        learning_rate=stage2_learning_rate,
+        accumulation=accumulation,
+        lora_rank=lora_rank,
+        label_rows=label_rows,
+    )
     settings = named(
         preset,
         context=context,
@@ -307,7 +315,13 @@ def distill(
     done = run(
         checkpoint,
         output,
-        settings=Stage2(steps, learning_rate, accumulation, lora_rank, label_rows),
+        settings=Stage2(
+            steps=steps,
+            learning_rate=learning_rate,
+            accumulation=accumulation,
+            lora_rank=lora_rank,
+            label_rows=label_rows,
+        ),
         data=data or "system",
         context=context,
         blocks=blocks,
