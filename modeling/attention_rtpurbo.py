@@ -145,6 +145,15 @@ def rtpurbo_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The attention function registered with transformers: `[B, H, M, D]` in, `[B, M, Hq, D]` out."""
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        # a norm after the projections gives fp32; scores and routing must not be rounded more than without autocast
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device_type)) for tensor in (query, key, value))
+        with torch.autocast(device_type, enabled=False):
+            return rtpurbo_attention(
+                module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, sliding_window,
+                rtpurbo_state, rtpurbo_call, **kwargs,
+            )  # fmt: skip
     if rtpurbo_state is None:
         raise RuntimeError(
             f"{type(module).__name__} was called outside RTPurboForCausalLM.forward: call the wrapping model"

@@ -21,6 +21,8 @@ _PUBLIC = {
     "initialise_indexers": "training.indexer_init",
     "IndexerTrainer": "training.indexer_trainer",
     "IndexerTrainingArguments": "training.indexer_arguments",
+    "SelfDistillationTrainer": "training.distillation",
+    "SelfDistillationArguments": "training.distillation_arguments",
     "compare_modes": "evaluation.fidelity",
     "checkpoint_info": "info",
 }

@@ -18,18 +18,22 @@ import torch
 
 from .auto import RTPurboForCausalLM
 from .benchmarks.harness import environment
-from .evaluation.fidelity import compare_modes
+from .distill import Stage2, save_distilled, train_stage2
+from .evaluation.fidelity import Fidelity, compare_modes
 from .presets import Preset
 from .recipe_data import AdaptationData as _Data
 from .recipe_data import adaptation_data as _data
 from .recipe_data import part_of as _part
 from .report import write_report
+from .runs import claim
 from .sources import BaseModel, load_base
 from .training.calibration import Calibration, calibrate
+from .training.checkpoints import last_checkpoint, remove_incomplete
 from .training.data import EVALUATION_KEYS, NeedleMixer
 from .training.indexer_arguments import IndexerTrainingArguments
 from .training.indexer_init import initialise_indexers
 from .training.indexer_trainer import IndexerTrainer
+from .training.needles import NeedleBlock
 from .training.plots import plot_heads, plot_losses
 
 logger = logging.getLogger(__name__)
@@ -49,11 +53,12 @@ print("\\n" + json.dumps([type(model).__module__.split(".")[0], out[0, len(ids):
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """What `adapt` made: the model, where it was saved, and the report."""
+    """What `adapt` made: the model, stage 1's adapter, the final checkpoint (the same without stage 2), the report."""
 
     model: RTPurboForCausalLM
     adapter: Path
     report: dict[str, Any]
+    checkpoint: Path
 
 
 class _Clock:
@@ -103,17 +108,20 @@ def adapt(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     report_to: str | list[str] = "none",
+    stage2: Stage2 | None = None,
 ) -> Adaptation:
     """Calibrate, train the indexers, save an adapter, load it again, and report what was gained and lost.
 
     Args:
         base: a Hub id, folder, GGUF file or short name, see `load_base`; or a loaded base.
-        output: folder for `adapter/`, `report/` and `trainer/`; an interrupted run goes on from its last checkpoint.
+        output: folder for `adapter/`, `report/` and `trainer/`, with stage 2 for `stage2/` and `model/` (full weights);
+            an interrupted run goes on from its last checkpoint.
         settings: see `Preset`.
         data: text to calibrate, train and evaluate on, see `load_texts`.
         seed: of data order, needles, initialisation and sampling.
         device, dtype: of the model; indexers train in fp32.
         report_to: as in `transformers.TrainingArguments`.
+        stage2: train the backbone as well, on the blocks of stage 1; the report then tells of every step of the way.
 
     Raises:
         ValueError: unsupported base, too little text, settings out of range, or `output` holds another run.
@@ -126,25 +134,37 @@ def adapt(
     with clock("data"):
         blocks = _data(data, source.tokenizer, settings, seed)
     # only now: a run that ends on bad settings or data leaves nothing behind
-    _claim(output, source, settings, seed, data)
+    claim(output, _record(source, settings, seed, data, stage2))
     with clock("calibrate"):
         calibration = _calibration(output, model, blocks, settings, seed)
+        _initialise(model, [list(heads) for heads in calibration.retrieval_heads], blocks, settings, seed)
+    needles = _needles(source, blocks, settings, seed)
+    before = None
+    if stage2 is not None:
+        with clock("evaluate before stage 1"):
+            before = _evaluate(model, blocks, needles, settings, modes=("sparse",))["sparse"]
     with clock("train"):
-        chosen = [list(heads) for heads in calibration.retrieval_heads]
-        trainer = _stage1(output, model, chosen, blocks, settings, seed, report_to)
+        trainer = _stage1(output, model, blocks, settings, seed, report_to)
         stage1 = trainer.evaluate()
     with clock("save and reload"):
         adapter = _save(output, model, source, calibration)
         check_in_clean_process(adapter, model, blocks.held_out.input_ids[0, :64].tolist())
         model = RTPurboForCausalLM.from_pretrained(adapter, dtype=dtype).to(device).eval()
     with clock("evaluate"):
-        mixer = NeedleMixer(source.tokenizer, keys=EVALUATION_KEYS)
-        gap = min(settings.sliding_window, settings.context // 2)
-        needles = [
-            mixer.insert(row.tolist(), seed=f"{seed}:{i}", gap=gap) for i, row in enumerate(blocks.prompts.input_ids)
-        ]
-        variants = compare_modes(model, list(blocks.held_out.input_ids), needles, rows=settings.eval_rows)
+        variants = _evaluate(model, blocks, needles, settings)
         kv_bytes, kv_bytes_dense = _measured_kv_bytes(model, blocks.held_out.input_ids[0])
+    checkpoint, further = adapter, {}
+    if stage2 is not None and before is not None:
+        further = {"before_stage1": before.to_dict(), "after_stage1": variants["sparse"].to_dict()}
+        checkpoint, dense = output / "model", model
+        with clock("stage 2"):
+            model, curve = _stage2(output, adapter, blocks, source, stage2, seed, device, dtype, report_to)
+        with clock("save and reload stage 2"):
+            check_in_clean_process(checkpoint, model, blocks.held_out.input_ids[0, :64].tolist())
+            model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        with clock("evaluate stage 2"):
+            variants = _evaluate(model, blocks, needles, settings, reference=dense)
+        further["stage2"] = {"settings": dataclasses.asdict(stage2), "losses": curve}
     figures = {name: figure.to_dict() for name, figure in variants.items()}
     sparse = variants["sparse"]
     report = {
@@ -163,6 +183,7 @@ def adapt(
         "rows": sparse.rows,
         "questions": sparse.questions,
         "stage1": stage1,
+        **further,
         "seed": seed,
         "seconds": clock.total(),
         "environment": environment(),
@@ -171,21 +192,26 @@ def adapt(
     write_report(report, folder)
     plot_heads(calibration, folder / "heads.png")
     plot_losses(trainer.state.log_history, folder / "losses.png")
-    return Adaptation(model, adapter, report)
+    return Adaptation(model, adapter, report, checkpoint)
 
 
-def _claim(output: Path, source: BaseModel, settings: Preset, seed: int, data: Any) -> None:
-    """Leave a note in `output` of what runs there, and refuse a folder with another run's note."""
-    note = output / "run.json"
+def _record(source: BaseModel, settings: Preset, seed: int, data: Any, stage2: Stage2 | None = None) -> dict[str, Any]:
+    """What tells one run from another."""
     record = {"base": source.path, "settings": dataclasses.asdict(settings), "seed": seed, "data": str(data)}
-    if note.exists():
-        if json.loads(note.read_text(encoding="utf-8")) != json.loads(json.dumps(record)):
-            raise ValueError(f"{output} holds a run with other settings: choose another --output, or remove it")
-        return
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no run of ours: choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record if stage2 is None else {**record, "stage2": dataclasses.asdict(stage2)}
+
+
+def _needles(source: BaseModel, blocks: _Data, settings: Preset, seed: int) -> list[NeedleBlock]:
+    """Key-value prompts for the evaluation, about other things than those of training."""
+    mixer = NeedleMixer(source.tokenizer, keys=EVALUATION_KEYS)
+    gap = min(settings.sliding_window, settings.context // 2)
+    return [mixer.insert(row.tolist(), seed=f"{seed}:{i}", gap=gap) for i, row in enumerate(blocks.prompts.input_ids)]
+
+
+def _evaluate(
+    model: RTPurboForCausalLM, blocks: _Data, needles: list[NeedleBlock], settings: Preset, **options: Any
+) -> dict[str, Fidelity]:
+    return compare_modes(model.eval(), list(blocks.held_out.input_ids), needles, rows=settings.eval_rows, **options)
 
 
 def wrap(source: BaseModel, settings: Preset) -> RTPurboForCausalLM:
@@ -227,9 +253,10 @@ def train_adapter(
     source = load_base(base, dtype=dtype, device=device)
     model = wrap(source, settings)
     blocks = _data(data, source.tokenizer, settings, seed)
-    _claim(output, source, settings, seed, data)
+    claim(output, _record(source, settings, seed, data))
     chosen = [list(h) for h in heads.retrieval_heads] if isinstance(heads, Calibration) else heads
-    trainer = _stage1(output, model, chosen, blocks, settings, seed, report_to)
+    _initialise(model, chosen, blocks, settings, seed)
+    trainer = _stage1(output, model, blocks, settings, seed, report_to)
     metrics = trainer.evaluate()
     plot_losses(trainer.state.log_history, output / "losses.png")
     return _save(output, model, source, heads if isinstance(heads, Calibration) else None), metrics
@@ -256,12 +283,13 @@ def _calibration(output: Path, model, blocks: _Data, settings: Preset, seed: int
     return calibration
 
 
-def _stage1(
-    output: Path, model, heads: list[list[int]], blocks: _Data, settings: Preset, seed: int, report_to
-) -> IndexerTrainer:
+def _initialise(model, heads: list[list[int]], blocks: _Data, settings: Preset, seed: int) -> None:
     model.set_retrieval_heads(heads)
     documents = list(blocks.calibration.input_ids[:1])
     initialise_indexers(model, documents, method=settings.initialisation, seed=seed)
+
+
+def _stage1(output: Path, model, blocks: _Data, settings: Preset, seed: int, report_to) -> IndexerTrainer:
     arguments = IndexerTrainingArguments(
         output_dir=str(output / "trainer"),
         max_steps=settings.steps,
@@ -278,9 +306,24 @@ def _stage1(
     )
     held_out = _part(blocks.held_out, 0, 2)
     trainer = IndexerTrainer(model=model, args=arguments, train_dataset=blocks.train, eval_dataset=held_out)
-    checkpoints = sorted((output / "trainer").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=bool(checkpoints) or None)
+    remove_incomplete(output / "trainer")
+    done = last_checkpoint(output / "trainer")
+    trainer.train(resume_from_checkpoint=None if done is None else str(done))
     return trainer
+
+
+def _stage2(
+    output: Path, adapter: Path, blocks: _Data, source: BaseModel, stage2: Stage2, seed: int, device, dtype, report_to
+) -> tuple[RTPurboForCausalLM, list[dict[str, float]]]:
+    """The distilled model, saved in `output/model`, and its loss by step."""
+    student = RTPurboForCausalLM.from_pretrained(adapter, dtype=stage2.training_dtype(dtype)).to(device)
+    trainer = train_stage2(
+        student, blocks.train, output / "stage2", tokenizer=source.tokenizer, settings=stage2, seed=seed,
+        report_to=report_to,
+    )  # fmt: skip
+    curve = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
+    lora = output / "lora" if stage2.lora_rank else None
+    return save_distilled(trainer, output / "model", tokenizer=source.tokenizer, dtype=dtype, lora=lora), curve
 
 
 def _measured_kv_bytes(model: RTPurboForCausalLM, ids: torch.Tensor) -> tuple[int, int]:

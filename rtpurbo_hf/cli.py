@@ -44,6 +44,16 @@ class Granularity(StrEnum):
     kv_head = "kv_head"
 
 
+Stage2Rate = Annotated[
+    float | None, typer.Option(help="Stage-2 learning rate.", show_default="3e-6, or 1e-4 for a LoRA")
+]
+Accumulation = Annotated[int, typer.Option(help="Stage-2 blocks of a step, on each GPU.")]
+LoraRank = Annotated[int, typer.Option(help="Stage 2 trains a LoRA of this rank; 0: all weights.")]
+LabelRows = Annotated[int, typer.Option(help="Stage 2 learns from so many last rows of a block of plain text.")]
+Blocks = Annotated[int, typer.Option(help="Blocks in the distillation set.")]
+NeedleShare = Annotated[float, typer.Option(help="Part of the plain-text blocks with key-value needles.")]
+
+
 def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -76,6 +86,12 @@ def adapt(
     steps: Annotated[int | None, typer.Option(help="Stage-1 steps.")] = None,
     train_blocks: Annotated[int | None, typer.Option(help="Blocks in the training set.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Stage-1 learning rate.")] = None,
+    stages: Annotated[str, typer.Option(help="1: train the indexers; 1,2: then the backbone as well.")] = "1",
+    stage2_steps: Annotated[int, typer.Option(help="Stage-2 steps.")] = 600,
+    stage2_learning_rate: Stage2Rate = None,
+    accumulation: Accumulation = 8,
+    lora_rank: LoraRank = 0,
+    label_rows: LabelRows = 300,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -84,9 +100,19 @@ def adapt(
 ) -> None:
     """Calibrate, train the indexer, save an adapter, load it again, and report what was gained and lost."""
     from .adaptation import adapt as run
+    from .distill import Stage2
     from .presets import preset as named
     from .report import markdown
 
+    if stages not in ("1", "1,2"):
+        raise ValueError(f"--stages must be 1 or 1,2, got {stages!r}")
+    stage2 = Stage2(
+        steps=stage2_steps,
+        learning_rate=stage2_learning_rate,
+        accumulation=accumulation,
+        lora_rank=lora_rank,
+        label_rows=label_rows,
+    )
     settings = named(
         preset,
         context=context,
@@ -110,9 +136,12 @@ def adapt(
         device=device,
         dtype=dtype_named(dtype, device),
         report_to=report_to,
+        stage2=stage2 if stages == "1,2" else None,
     )
     typer.echo(markdown(done.report))
     typer.echo(f"adapter: {done.adapter}\nreport:  {output / 'report'}")
+    if done.checkpoint != done.adapter:
+        typer.echo(f"model:   {done.checkpoint}")
 
 
 @app.command(epilog="Example: rtpurbo calibrate smollm2-135m --context 4096 --ratio 0.15 --output heads/")
@@ -194,6 +223,90 @@ def train_indexer(
     )
     typer.echo(json.dumps(metrics, indent=2))
     typer.echo(f"adapter: {adapter}")
+
+
+@app.command(
+    "cache-teacher", epilog="Example: rtpurbo cache-teacher build/demo/adapter --context 4096 -o build/teacher"
+)
+def cache_teacher(
+    checkpoint: Checkpoint,
+    output: Output,
+    context: Annotated[int, typer.Option(help="Tokens in a block.")] = 32768,
+    blocks: Blocks = 256,
+    label_rows: LabelRows = 300,
+    needle_share: NeedleShare = 1 / 3,
+    data: Data = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = None,
+) -> None:
+    """Keep the dense model's top logits at the label rows, for `rtpurbo distill`; goes on after an interruption."""
+    from transformers import AutoTokenizer
+
+    from .auto import RTPurboForCausalLM
+    from .distill import distillation_blocks
+    from .training.teacher_cache import cache_teacher as run
+    from .training.teacher_cache import label_rows as rows_of
+
+    checkpoint, device = checkpoint_named(checkpoint), device_named(device)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=dtype_named(dtype, device)).to(device)
+    chosen = distillation_blocks(
+        data or "system", tokenizer, context=context, limit=blocks, needle_share=needle_share, seed=seed
+    )
+    rows = rows_of(chosen, last=label_rows)
+    run(model, chosen, output, tokenizer=tokenizer, rows=rows)
+    typer.echo(f"teacher: {output} ({len(chosen)} blocks, {int((rows >= 0).sum())} label rows)")
+
+
+@app.command(epilog="Example: rtpurbo distill build/demo/adapter --context 4096 --steps 100 -o build/distilled")
+def distill(
+    checkpoint: Checkpoint,
+    output: Output,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `rtpurbo cache-teacher` with the same data.", show_default="made first"),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens in a block.")] = 32768,
+    blocks: Blocks = 256,
+    steps: Annotated[int, typer.Option(help="Steps.")] = 600,
+    learning_rate: Stage2Rate = None,
+    accumulation: Accumulation = 8,
+    lora_rank: LoraRank = 0,
+    label_rows: LabelRows = 300,
+    needle_share: NeedleShare = 1 / 3,
+    data: Data = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = None,
+    report_to: Annotated[str, typer.Option(help="As in transformers: none, tensorboard, wandb, ...")] = "none",
+) -> None:
+    """Stage 2: train the backbone in sparse mode on its dense self, and save full weights; goes on when interrupted."""
+    from .distill import Stage2
+    from .distill import distill as run
+
+    checkpoint, device = checkpoint_named(checkpoint), device_named(device)
+    done = run(
+        checkpoint,
+        output,
+        settings=Stage2(
+            steps=steps,
+            learning_rate=learning_rate,
+            accumulation=accumulation,
+            lora_rank=lora_rank,
+            label_rows=label_rows,
+        ),
+        data=data or "system",
+        context=context,
+        blocks=blocks,
+        needle_share=needle_share,
+        teacher=teacher,
+        seed=seed,
+        device=device,
+        dtype=dtype_named(dtype, device),
+        report_to=report_to,
+    )
+    typer.echo(f"model: {done}")
 
 
 @app.command(epilog="Example: rtpurbo generate build/demo/adapter --prompt 'Once upon a time' --max-new-tokens 40")

@@ -30,11 +30,13 @@ def markdown(report: dict[str, Any]) -> str:
         cells = [form.format(report[variant][key]) for variant in VARIANTS]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     share = report["kv_bytes"] / report["kv_bytes_dense"]
+    further = _stages(report) if "after_stage1" in report else []
     lines += [
         f"| KV cache, bytes | {report['kv_bytes_dense']:,} | | {report['kv_bytes']:,} ({share:.1%}) |",
         f"| Tokens selected by retrieval heads | 100% | | {report['selected_fraction']:.1%} |",
         f"| True attention mass kept | 100% | | {report['kept_mass']:.1%} |",
         "",
+        *further,
         f"Scored: {report['rows']} rows of text, {report['questions']} questions. "
         f"Device: {report['environment']['device']}. Seconds: {report['seconds']['total']:.0f} in all "
         f"({', '.join(f'{name} {value:.0f}' for name, value in report['seconds'].items() if name != 'total')}).",
@@ -47,6 +49,15 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _stages(report: dict[str, Any]) -> list[str]:
+    """RTPurbo's figures along the way, against the original dense model."""
+    lines = ["| RTPurbo | before stage 1 | after stage 1 | after stage 2 |", "|---|---|---|---|"]
+    for key, title, form in (*_ROWS, ("kept_mass", "True attention mass kept", "{:.1%}")):
+        cells = [form.format(report[step][key]) for step in ("before_stage1", "after_stage1", "rtpurbo")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

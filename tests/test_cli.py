@@ -100,6 +100,38 @@ def test_calibrate_then_train_indexer(workplace):
     assert (workplace / "plain" / "adapter" / "rtpurbo_indexer.safetensors").exists()
 
 
+STAGE2 = ("--label-rows", "30", "--accumulation", "2", "--device", "cpu")
+
+
+def test_adapt_with_both_stages(adapted, workplace):
+    options = ("--stages", "1,2", "--stage2-steps", "3", "--stage2-learning-rate", "1e-3", *STAGE2)
+    rtpurbo(workplace, *ADAPT, *options, "--output", "both")
+    report = json.loads((workplace / "both" / "report" / "report.json").read_text())
+    one = json.loads((adapted / "report" / "report.json").read_text())
+    assert report["after_stage1"] == one["rtpurbo"]
+    assert report["dense"] == one["dense"]
+    assert report["before_stage1"]["kl"] != report["after_stage1"]["kl"] != report["rtpurbo"]["kl"]
+    assert [entry["step"] for entry in report["stage2"]["losses"]] == [1, 2, 3]
+    assert "| after stage 2 |" in (workplace / "both" / "report" / "report.md").read_text()
+    assert (workplace / "both" / "model" / "model.safetensors").exists()
+    assert (workplace / "both" / "adapter" / "rtpurbo_indexer.safetensors").exists()
+
+
+def test_cache_teacher_then_distill(adapted, workplace):
+    data = ("--data", "texts", "--context", "640", "--blocks", "4", "--label-rows", "30", "--device", "cpu")
+    assert "4 blocks" in rtpurbo(workplace, "cache-teacher", "out/adapter", *data, "--output", "teacher").stdout
+    options = (*data, "--teacher", "teacher", "--accumulation", "2", "--lora-rank", "2")
+    rtpurbo(workplace, "distill", "out/adapter", *options, "--steps", "2", "--output", "distilled")
+    assert (workplace / "distilled" / "model" / "model.safetensors").exists()
+    assert (workplace / "distilled" / "lora" / "adapter_model.safetensors").exists()
+    again = rtpurbo(workplace, "distill", "out/adapter", *options, "--output", "distilled", code=1)
+    assert "exists: choose another --output" in again.stderr
+    other = rtpurbo(workplace, "distill", "out/adapter", *options, "--seed", "1", "--output", "other", code=1)
+    assert "cache of another teacher: data_sha256" in other.stderr
+    prompt = ("--prompt", "the of and to in a is that", "--max-new-tokens", "4", "--device", "cpu")
+    rtpurbo(workplace, "generate", "distilled/model", *prompt)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,6 +143,9 @@ def test_calibrate_then_train_indexer(workplace):
         (("info", "nothing-here"), "neither a folder nor a Hub id"),
         (("generate", "base"), "exactly one of --prompt and --prompt-file"),
         (("train-indexer", "base", "--heads", "no.json", "-o", "x"), "no.json"),
+        (("adapt", "base", "-o", "x", "--stages", "2"), "--stages must be 1 or 1,2, got '2'"),
+        (("distill", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
+        (("cache-teacher", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_readable_line(workplace, arguments, message):
@@ -136,7 +171,10 @@ def test_debug_shows_the_trace(workplace):
         "info",
         "bench kernels",
         "bench training",
+        "bench model",
         "eval",
+        "cache-teacher",
+        "distill",
     ],
 )
 def test_help_has_an_example(workplace, command):

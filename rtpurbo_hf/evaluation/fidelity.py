@@ -132,6 +132,7 @@ def compare_modes(
     modes: Sequence[str] = ("dense", "streaming", "sparse"),
     rows: int = 256,
     progress: bool = True,
+    reference: RTPurboForCausalLM | None = None,
 ) -> dict[str, Fidelity]:
     """Score attention modes of one model side by side on the same rows.
 
@@ -143,10 +144,12 @@ def compare_modes(
         modes: attention modes; `"dense"` is always run, as the measure of the others.
         rows: scored rows of a text block.
         progress: show a bar.
+        reference: the model whose dense mode is the measure, where `model` has other weights (stage 2); None: `model`.
 
     Returns:
         `{mode: Fidelity}` in the order of `modes`.
     """
+    measure = model if reference is None else reference
     order = ["dense", *(mode for mode in modes if mode != "dense")]
     sums = {mode: _Sums() for mode in order}
     needles = list(needle_blocks)
@@ -157,7 +160,8 @@ def compare_modes(
         targets = ids[0, -scored + 1 :] if scored > 1 else ids[0, :0]
         dense = torch.zeros(0)
         for mode in order:
-            logits = _logits(model, ids, scored, mode, sums[mode].stats)[:-1].log_softmax(-1)
+            asked = measure if mode == "dense" else model
+            logits = _logits(asked, ids, scored, mode, sums[mode].stats)[:-1].log_softmax(-1)
             if mode == "dense":
                 dense = logits
             total = sums[mode]
@@ -170,7 +174,8 @@ def compare_modes(
         ids = torch.tensor(needle.input_ids, device=model.device)[None]
         first = min(start for start, _ in needle.answer_spans) - 1
         for mode in order:
-            best = _logits(model, ids, ids.shape[1] - first, mode, sums[mode].stats).argmax(1)
+            asked = measure if mode == "dense" else model
+            best = _logits(asked, ids, ids.shape[1] - first, mode, sums[mode].stats).argmax(1)
             for start, stop in needle.answer_spans:
                 answer = best[start - 1 - first : stop - 1 - first]
                 sums[mode].right += bool(torch.equal(answer, ids[0, start:stop]))
