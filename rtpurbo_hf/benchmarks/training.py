@@ -169,7 +169,7 @@ def stage1_rows(preset: str, *, shape: Shape = QWEN3_8B, ratio: float = RATIO) -
 
     # before the base is wrapped, which changes its attention; no logits on either side
     peers = {
-        length: measure(partial(forward, ids[None].cuda()), warmup=1, repeats=5, budget_ms=4000)
+        length: measure(partial(forward, ids[None].to(base.device)), warmup=1, repeats=5, budget_ms=4000)
         for length, ids in tqdm(documents.items(), desc="dense forward", unit="length")
     }
     model = RTPurboForCausalLM.from_base(base, retrieval_heads=shape.retrieval_heads(ratio))

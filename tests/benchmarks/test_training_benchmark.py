@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from rtpurbo_hf import cli
 from rtpurbo_hf.benchmarks import training
-from rtpurbo_hf.benchmarks.harness import Row, checked
+from rtpurbo_hf.benchmarks.harness import Timing
 from rtpurbo_hf.benchmarks.training import (
     LENGTHS,
     QWEN3_8B,
@@ -15,6 +17,7 @@ from rtpurbo_hf.benchmarks.training import (
     Stage1Step,
     loss_error,
     run_training_benchmarks,
+    stage1_rows,
     summary,
 )
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
@@ -81,8 +84,42 @@ def test_the_check_passes_a_right_kernel_and_fails_a_wrong_one(model, monkeypatc
     assert loss_error(model, ids) == math.inf
 
 
-def test_summary_shows_the_ratio_of_a_checked_row():
-    extra = {"geometry": str(QWEN3_8B), "step_over_forward": 1.25}
-    text = summary([Row("stage1_step_vs_dense_forward", 8192, 0.15, 5.0, 4.0, extra=extra | checked(1e-4, TOLERANCE))])
-    assert "step_over_forward" in text
-    assert "1.25" in text
+@pytest.fixture
+def rows(monkeypatch):
+    """`stage1_rows` on a tiny model and a clock that shows 5 ms for ours, 4 ms for the peer."""
+    base, clock = TINY.base("cpu", torch.float32), iter([4.0, 4.0, 5.0, 5.0])
+
+    def measure(call, **options):
+        call()
+        return Timing(*[next(clock)] * 3)
+
+    monkeypatch.setattr(Shape, "base", lambda shape: base)
+    monkeypatch.setattr(training, "LENGTHS", {"quick": (40, 64)})
+    monkeypatch.setattr(training, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
+    return lambda: stage1_rows("quick", shape=TINY)
+
+
+def test_rows_of_stage_1(rows):
+    found = rows()
+    names = ["stage1_step_vs_dense_forward", "stage1_peak_gib"]
+    assert [(row.case, row.length) for row in found] == [(name, length) for length in (40, 64) for name in names]
+    assert [row.extra["step_over_forward"] for row in found[::2]] == [1.25, 1.25]
+    assert [row.extra["gib"] for row in found[1::2]] == [3.0, 3.0]
+    assert all(row.extra["check"] == "ok" for row in found)
+    assert "1.25" in summary(found)
+
+
+def test_a_red_check_shows_no_figure(rows, monkeypatch):
+    right = training.indexer_kl
+    monkeypatch.setattr(training, "indexer_kl", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    found = rows()
+    assert all(row.extra["check"] == "red" for row in found)
+    assert not any(row.extra.get("step_over_forward") or row.extra.get("gib") for row in found)
+    monkeypatch.setattr(cli, "_device", lambda name: name)
+    monkeypatch.setattr(training, "run_training_benchmarks", lambda *args, **kwargs: found)
+    result = CliRunner().invoke(cli.app, ["bench", "training"])
+    assert result.exit_code != 0
+    assert "red" in result.stdout
+    assert "1.25" not in result.stdout
