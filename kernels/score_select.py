@@ -15,8 +15,8 @@ import torch
 
 from .append import append_head, append_index
 from .common import HAS_TRITON, starts, tl, triton, use_triton
+from .launches import launch_options
 from .top_p import index_scores_reference, top_p_set_reference
-from .two_phase import launch, wait_for_all
 from .workspace import HISTOGRAM_BINS, HISTOGRAM_SPAN, DecodeWorkspace, head_table, num_processors
 
 
@@ -325,6 +325,14 @@ if HAS_TRITON:
         tl.store(p_peak, peak)
 
     @triton.jit
+    def _popcount(b_word):
+        """int32 number of set bits of uint32 words."""
+        b_word = b_word - ((b_word >> 1) & 0x55555555)
+        b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
+        b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
+        return ((b_word * 0x01010101) >> 24).to(tl.int32)
+
+    @triton.jit
     def _compact_range(
         p_codes,
         p_tile_max,
@@ -345,9 +353,13 @@ if HAS_TRITON:
         SPAN: tl.constexpr,
         STEPS: tl.constexpr,
         TILES: tl.constexpr,
+        WORDS: tl.constexpr,
         SPLITS: tl.constexpr,
     ):
-        """Find the row's threshold in its histogram, and list the selected units of tiles `first..last`."""
+        """Find the row's threshold in its histogram, and list the selected units of tiles `first..last`.
+
+        Selected units become bits, 32 to a word; words are counted and placed, then each emits its bits.
+        """
         o_split = tl.arange(0, SPLITS)
         o_far = tl.arange(0, BINS)
         b_peaks = tl.load(p_peak + o_split, mask=o_split < num_splits, other=-32768, cache_modifier=".cg")
@@ -387,12 +399,12 @@ if HAS_TRITON:
         b_to_low = tl.load(p_sum + low_bin - 1, mask=m_earlier & (o_split * 0 < low_bin), other=0, cache_modifier=".cg")
         b_turn = tl.load(p_sum + BINS - 1, mask=m_earlier & (b_peak_bin < low_bin), other=0, cache_modifier=".cg")
         before = tl.sum(b_to_peak - b_to_low + b_turn, 0)
+        o_tile = tl.arange(0, TILES)
+        o_unit = tl.arange(0, UNITS)
         # of the units below the window, the first `under_skip` of the row stay out
         under_skip = num_units - inside - extra
         under = first * UNITS - before
         offset = before
-        o_tile = tl.arange(0, TILES)
-        o_unit = tl.arange(0, UNITS)
         if extra > 0:
             offset += tl.maximum(under - under_skip, 0)
             for i_tile in tl.range(first, last, TILES):
@@ -412,21 +424,29 @@ if HAS_TRITON:
                 tl.store(p_indices + b_place, o_flat, mask=b_taken > 0)
                 offset += tl.sum(b_taken, 0)
         else:
-            for i_tile in tl.range(first, last, TILES, num_stages=3):
-                m_tiles = i_tile + o_tile < last
-                b_tile_max = tl.load(p_tile_max + i_tile + o_tile, mask=m_tiles, other=-65536)
-                i_unit = (i_tile + o_tile)[:, None] * UNITS + o_unit[None, :]
-                m_unit = m_tiles[:, None] & (i_unit < num_units)
-                b_code = tl.load(p_codes + i_unit, mask=m_unit, other=255)
+            stop = tl.minimum(last * UNITS, num_units)
+            o_word = tl.arange(0, WORDS)
+            o_bit = tl.arange(0, 32)
+            for i_unit in tl.range(first * UNITS, stop, WORDS * 32, num_stages=3):
+                o_first = i_unit + o_word * 32
+                # [WORDS, 32]
+                o_each = o_first[:, None] + o_bit[None, :]
                 # a tile is compared by its own maximum; past the end the code is 255, which no limit reaches
-                b_limit = tl.minimum(b_tile_max - lowest, BINS - 2)
-                if tl.max(b_limit, 0) >= 0:
-                    b_taken = (b_code.to(tl.int32) <= b_limit[:, None]).to(tl.int32)
-                    b_flat = tl.reshape(b_taken, [TILES * UNITS])
-                    b_place = offset + tl.cumsum(b_flat, 0) - 1
-                    o_flat = i_tile * UNITS + tl.arange(0, TILES * UNITS)
-                    tl.store(p_indices + b_place, o_flat, mask=b_flat > 0)
-                    offset += tl.sum(b_flat, 0)
+                b_each = tl.load(p_codes + o_each, mask=o_each < stop, other=255).to(tl.int32)
+                if UNITS >= 32:
+                    b_top = tl.load(p_tile_max + o_first // UNITS, mask=o_first < stop, other=-65536)[:, None]
+                else:
+                    b_top = tl.load(p_tile_max + o_each // UNITS, mask=o_each < stop, other=-65536)
+                b_in = (b_each <= tl.minimum(b_top - lowest, BINS - 2)).to(tl.uint32)
+                # the bits are disjoint: their sum is their union
+                b_word = tl.sum(b_in << o_bit[None, :].to(tl.uint32), 1)
+                b_size = _popcount(b_word)
+                b_from = offset + tl.cumsum(b_size, 0) - b_size
+                offset += tl.sum(b_size, 0)
+                for i_nth in tl.range(0, tl.max(b_size, 0)):
+                    b_lowest = b_word & (~b_word + 1)
+                    tl.store(p_indices + b_from + i_nth, o_first + _popcount(b_lowest - 1), mask=i_nth < b_size)
+                    b_word = b_word & (b_word - 1)
 
     @triton.jit
     def _score_select_kernel(
@@ -438,7 +458,7 @@ if HAS_TRITON:
         p_histogram,
         p_sums,
         p_peak,
-        p_barrier,
+        p_state,
         p_indices,
         p_counts,
         p_index_heads,
@@ -504,6 +524,7 @@ if HAS_TRITON:
         SPAN: tl.constexpr,
         STEPS: tl.constexpr,
         TILES: tl.constexpr,
+        WORDS: tl.constexpr,
         SPLITS: tl.constexpr,
         SPLIT_QUERY: tl.constexpr,
         INT8: tl.constexpr,
@@ -511,6 +532,7 @@ if HAS_TRITON:
         HAS_START: tl.constexpr,
         SCORE: tl.constexpr,
         COMPACT: tl.constexpr,
+        PDL: tl.constexpr,
         STAGES: tl.constexpr,
         COUNTING: tl.constexpr,
         CONSTRAINTS: tl.constexpr,
@@ -519,11 +541,15 @@ if HAS_TRITON:
         HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
-        """CTA (query row, split): score its share of the keys, wait for the row's other splits, list its share.
+        """Two phases, a launch each. SCORE: CTA (query row, split) scores its share of the keys. COMPACT: it
+        lists the selected units of that share, once the whole row is scored.
 
-        With APPEND the step's tokens are written first: K and V by further CTAs, whom nobody waits for, and the
-        index keys by every CTA that will read them.
+        With APPEND the step's tokens are written by SCORE: K and V by further CTAs, and the index keys by every CTA
+        that will read them.
         """
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         TILE: tl.constexpr = ROWS * LANES
         UNITS: tl.constexpr = TILE // BLOCK
         i_row = tl.program_id(0) // num_splits
@@ -588,8 +614,8 @@ if HAS_TRITON:
         p_sums += i_long * num_splits * BINS
         p_peak += i_long * num_splits
         # two histograms a row, in turn: one is used while the other is cleared for the next call
-        p_calls = p_barrier + i_row * 3 + 2
-        turn = tl.load(p_calls) & 1
+        p_turn = p_state + i_row * 2 + 1
+        turn = tl.load(p_turn) & 1
         p_cleared = p_histogram + (i_long * 2 + 1 - turn) * SPAN
         p_histogram += (i_long * 2 + turn) * SPAN
         if SCORE:
@@ -641,11 +667,6 @@ if HAS_TRITON:
                 CONSTRAINTS,
                 ELEMENTS,
             )
-        if SCORE and COMPACT:
-            if num_splits > 1:
-                wait_for_all(p_barrier + i_row * 3, p_barrier + i_row * 3 + 1, num_splits)
-            else:
-                tl.debug_barrier()
         if COMPACT:
             # the last block may be short: count it as such, so that the floor holds whichever blocks are taken
             tail = num_seen - (num_units - 1) * BLOCK
@@ -670,11 +691,13 @@ if HAS_TRITON:
                 SPAN,
                 STEPS,
                 TILES,
+                WORDS,
                 SPLITS,
             )
-            # all splits have read the turn before the barrier; without one, they run in order
-            if i_split == num_splits - 1:
-                tl.store(p_calls, 1 - turn)
+            # the last CTA to come here turns: the others have read the turn by then
+            if tl.atomic_add(p_state + i_row * 2, 1, sem="acq_rel") == num_splits - 1:
+                tl.store(p_state + i_row * 2, 0)
+                tl.store(p_turn, 1 - turn)
 
     @triton.jit
     def _select_all_kernel(
@@ -705,11 +728,13 @@ if HAS_TRITON:
             tl.store(p_counts + i_row, num_units)
 
 
-# by capability: CTAs a multiprocessor holds, rows of 16 keys in a tile of 16 dimensions, warps, pipeline stages
+# measured on an H100: CTAs a multiprocessor holds, keys of a tile for one dimension, units listed at a time (and from
+# _LONG slots on), warps, pipeline stages
 _SCORE_CONFIG = {
     "ctas": 2,
     "tile_keys": 1024,
-    "list_units": 2048,
+    "list_units": 4096,
+    "long_list_units": 8192,
     "warps": 4,
     "stages": 3,
     "registers": 255,
@@ -717,6 +742,7 @@ _SCORE_CONFIG = {
     "assembly": True,
 }
 _LANES = 16
+_LONG = 262_144
 _STEPS = 8
 
 
@@ -861,6 +887,7 @@ def launch_select(
         )
         return selection
     units = tile // block_size
+    list_units = _SCORE_CONFIG["list_units" if capacity < _LONG else "long_list_units"] if on_gpu else 64
     threads = 32 * _SCORE_CONFIG["warps"]
     elements = max(tile // threads, 1)
     # counting by hand needs each score in one thread only: the layout of a dot with 16 rows a warp has that
@@ -888,7 +915,7 @@ def launch_select(
         workspace.histogram,
         workspace.sums,
         workspace.peak,
-        workspace.barrier,
+        workspace.state,
         selection.indices,
         selection.counts,
         head_table(index_heads, device),
@@ -941,7 +968,8 @@ def launch_select(
         "BINS": HISTOGRAM_BINS,
         "SPAN": HISTOGRAM_SPAN,
         "STEPS": _STEPS,
-        "TILES": max(1, (_SCORE_CONFIG["list_units"] if on_gpu else 64) // units),
+        "TILES": max(1, list_units // (2 * units)),
+        "WORDS": list_units // 32,
         "SPLITS": triton.next_power_of_2(splits),
         "SPLIT_QUERY": index_query.dtype == torch.float32 and index_key.dtype != torch.float32,
         "INT8": index_scale is not None,
@@ -957,6 +985,7 @@ def launch_select(
         "num_warps": _SCORE_CONFIG["warps"],
         "maxnreg": _SCORE_CONFIG["registers"],
     }
-    grid = (rows * splits + writers,)
-    launch(_score_select_kernel, grid, arguments, constants, ("SCORE", "COMPACT"), on_gpu=on_gpu, alone=splits == 1)
+    for phase, ctas in (("SCORE", rows * splits + writers), ("COMPACT", rows * splits)):
+        own = {"SCORE": phase == "SCORE", "COMPACT": phase == "COMPACT"}
+        _score_select_kernel[(ctas,)](*arguments, **constants, **own, **launch_options(device))
     return selection

@@ -77,11 +77,10 @@ class DecodeWorkspace:
         self.histogram = torch.zeros(rows * 2 * HISTOGRAM_SPAN, dtype=torch.int32, device=device)
         self.sums = torch.empty(splits * HISTOGRAM_BINS, dtype=torch.int32, device=device)
         self.peak = torch.empty(splits, dtype=torch.int32, device=device)
-        self.barrier = torch.zeros(rows * 3, dtype=torch.int32, device=device)
+        self.state = torch.zeros(rows * 2, dtype=torch.int32, device=device)
         slots = 2 * self.ctas * self.tile_rows
         self.partial = torch.empty(slots * head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(slots * 2, dtype=torch.float32, device=device)
-        self.grid_barrier = torch.zeros(2, dtype=torch.int32, device=device)
 
     def buffers(self) -> list[torch.Tensor]:
         """Every tensor, in the order of `BUFFERS`."""
@@ -109,10 +108,9 @@ BUFFERS = (
     "histogram",
     "sums",
     "peak",
-    "barrier",
+    "state",
     "partial",
     "stats",
-    "grid_barrier",
 )
 
 
