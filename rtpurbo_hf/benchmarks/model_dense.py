@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..modeling.families_rtpurbo import CACHE_ARGUMENT
 from .harness import capture, measure
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def decode_ms(base, length: int, batch: int) -> tuple[float, str]:
 
 def _replayed(base, ids: torch.Tensor, positions: torch.Tensor, cache: Cache) -> float:
     def step() -> torch.Tensor:
-        return base(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        return base(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache}).logits
 
     try:
         graph = capture([step])
@@ -130,7 +131,7 @@ def _packed_ms(base, ids: torch.Tensor, positions: torch.Tensor, length: int) ->
 
 def _static_ms(base, ids: torch.Tensor, positions: torch.Tensor, length: int) -> float:
     cache = StaticCache(config=base.config, max_cache_len=length + 64)
-    base(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    base(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.keys.normal_()
