@@ -23,7 +23,7 @@ from ..kernels.rotate_step import rotate_step
 from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
 from ..kernels.sparse_prefill import sparse_prefill_attention
-from .families_rtpurbo import Family, rotation, swaps_halves
+from .families_rtpurbo import CACHE_ARGUMENT, Family, rotation, swaps_halves
 from .plan_rtpurbo import HeadPlan
 
 ATTENTION_NAME = "rtpurbo"
@@ -97,8 +97,9 @@ class RTPurboLayer:
         self.plans = plans
         self.rotation = rotation(attention, family)
         self.swaps_halves = self.rotation is not None and not family.partial_rotary and swaps_halves(self.rotation)
-        self.cache_argument = family.cache_argument
         self.signature = inspect.signature(attention.forward)
+        known = CACHE_ARGUMENT in self.signature.parameters
+        self.cache_argument = CACHE_ARGUMENT if known else family.cache_argument
         self.state: ForwardState | None = None
 
 

@@ -10,6 +10,8 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+from .families_rtpurbo import CACHE_ARGUMENT
+
 logger = logging.get_logger(__name__)
 
 
@@ -49,7 +51,7 @@ class DecodeGraph:
             self.positions.copy_(position_ids.expand_as(self.positions))
         self.cache.before_replay(1)
         self.graph.replay()
-        return CausalLMOutputWithPast(logits=self.logits.clone(), past_key_values=self.cache)
+        return CausalLMOutputWithPast(logits=self.logits.clone(), **{CACHE_ARGUMENT: self.cache})
 
 
 def graph_for(model, cache, input_ids: torch.Tensor | None) -> DecodeGraph | None:

@@ -32,7 +32,14 @@ from .attention_rtpurbo import (
 from .cache_rtpurbo import RTPurboCache
 from .checkpoint_rtpurbo import CheckpointMixin
 from .configuration_rtpurbo import RTPurboConfig
-from .families_rtpurbo import attention_modules, family_of, full_attention_modules, head_counts, head_dim
+from .families_rtpurbo import (
+    CACHE_ARGUMENT,
+    attention_modules,
+    family_of,
+    full_attention_modules,
+    head_counts,
+    head_dim,
+)
 from .graph_rtpurbo import graph_for
 from .indexer_rtpurbo import RTPurboIndexer, index_rotation
 from .padding_rtpurbo import check_positions, left_padding
@@ -228,6 +235,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         on_selection: Callable | None = None,
         selector: Selector | None = None,
         layer_loss: Callable | None = None,
+        cache: RTPurboCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As any causal LM's forward, and:
@@ -242,11 +250,13 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 on forwards without a cache.
             layer_loss: like `observer`, returns a scalar: the backbone runs dense and without gradients, and the
                 output's `loss` is the sum over layers (stage 1; it keeps the gradients inside `layer_loss`).
+            cache: `past_key_values`, as newer versions of transformers call it.
 
         Raises:
             ValueError: a 4-D mask, a mask with holes, packed sequences, a cache of another kind, or a cache together
                 with a selector.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
@@ -316,9 +326,9 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 input_ids=input_ids,
                 attention_mask=attention_mask if self._family.needs_padding_mask else None,
                 position_ids=self._position_ids(position_ids, shape, state),
-                past_key_values=cache,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE_ARGUMENT: cache},
                 **handed,
                 **kwargs,
             )
@@ -416,7 +426,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, **kwargs
     ):
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(CACHE_ARGUMENT) is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, **kwargs
             )
@@ -431,10 +441,10 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         )
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_ARGUMENT] = cache
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_ARGUMENT)
         if generation_config.prefill_chunk_size is None or not isinstance(cache, RTPurboCache):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         # the last piece of a chunked prompt may be as short as a decode step, and is none

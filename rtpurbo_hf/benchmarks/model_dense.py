@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..modeling.families_rtpurbo import CACHE_ARGUMENT
 from .harness import capture, measure
 
 logger = logging.getLogger(__name__)
@@ -90,31 +91,32 @@ def decode_ms(base, length: int, batch: int) -> tuple[float, str]:
     """The faster of the dense decode steps at `length` tokens, and its name."""
     ids = torch.randint(0, 1000, (batch, 1), device="cuda")
     positions = torch.full((batch, 1), length - 1, dtype=torch.long, device="cuda")
-    results = {"packed FA2 split-KV, CUDA graph": _packed_ms(base, ids, positions, length)}
+    best = _packed_step(base, ids, positions, length)
     torch.cuda.empty_cache()
     if batch == 1 and length <= STATIC_LIMIT:
         try:
-            results["StaticCache + SDPA, CUDA graph"] = _static_ms(base, ids, positions, length)
+            best = min(best, _static_step(base, ids, positions, length))
         except RuntimeError as error:
-            logger.warning("StaticCache at %d tokens could not be captured: %s", length, error)
+            logger.warning("StaticCache with SDPA fails at %d tokens: %s", length, error)
         torch.cuda.empty_cache()
-    name = min(results, key=results.__getitem__)
-    return results[name], name
+    return best
 
 
-def _replayed(base, ids: torch.Tensor, positions: torch.Tensor, cache: Cache) -> float:
+def _timed(name: str, base, ids: torch.Tensor, positions: torch.Tensor, cache: Cache) -> tuple[float, str]:
+    """Milliseconds of the step, and its name, which says how it ran."""
+
     def step() -> torch.Tensor:
-        return base(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        return base(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache}).logits
 
     try:
         graph = capture([step])
     except RuntimeError as error:
-        logger.warning("the dense step cannot be captured, it is timed eagerly: %s", error)
-        return measure(step).median_ms
-    return measure(graph.replay).median_ms
+        logger.warning("%s cannot be captured, it is timed eagerly: %s", name, error)
+        return measure(step).median_ms, f"{name}, eager"
+    return measure(graph.replay).median_ms, f"{name}, CUDA graph"
 
 
-def _packed_ms(base, ids: torch.Tensor, positions: torch.Tensor, length: int) -> float:
+def _packed_step(base, ids: torch.Tensor, positions: torch.Tensor, length: int) -> tuple[float, str]:
     text = base.config
     layers: list[Any] = []
     for _ in range(text.num_hidden_layers):
@@ -123,18 +125,18 @@ def _packed_ms(base, ids: torch.Tensor, positions: torch.Tensor, length: int) ->
         layers.append(layer)
     base.set_attn_implementation(PACKED)
     try:
-        return _replayed(base, ids, positions, Cache(layers=layers))
+        return _timed("packed FA2 split-KV", base, ids, positions, Cache(layers=layers))
     finally:
         base.set_attn_implementation("sdpa")
 
 
-def _static_ms(base, ids: torch.Tensor, positions: torch.Tensor, length: int) -> float:
+def _static_step(base, ids: torch.Tensor, positions: torch.Tensor, length: int) -> tuple[float, str]:
     cache = StaticCache(config=base.config, max_cache_len=length + 64)
-    base(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    base(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.keys.normal_()
         layer.values.normal_()
         if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
             layer.cumulative_length.fill_(length - 1)
-    return _replayed(base, ids, positions, cache)
+    return _timed("StaticCache + SDPA", base, ids, positions, cache)

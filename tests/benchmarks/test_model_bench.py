@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import tiny_base
 
+from rtpurbo_hf.benchmarks.model import longest
 from rtpurbo_hf.benchmarks.model_plan import SHAPES, draw_retrieval_heads, make_plan, selected_share
 from rtpurbo_hf.benchmarks.model_planted import CountSelected, ScaleIndex, TwoLevels, planted_cache
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
@@ -88,3 +89,13 @@ def test_two_levels_leave_one_possible_selection(model):
     assert counter.mean() == pytest.approx(levels.count / 640)
     cache.crop(-1)
     assert torch.equal(first, model(input_ids=ids, past_key_values=cache).logits)
+
+
+def test_longest_finds_the_last_length_that_fits():
+    def allocate(length: int) -> int:
+        if length > 100_000:
+            raise torch.cuda.OutOfMemoryError("full")
+        return length
+
+    assert longest(allocate, 1 << 20) == 98_304
+    assert longest(allocate, 50_000) == 49_152
