@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import string
@@ -62,8 +63,14 @@ def _interleave(bench: Workbench, groups: list[list[str]]) -> list[str]:
     return [next(queues[index]) for index in [0, *turns]]
 
 
+@functools.lru_cache(maxsize=256)
+def _words_of(text: str) -> frozenset[str]:
+    """The words of one document, found once for all prompts made of it."""
+    return frozenset(_WORD.findall(text[:400_000].lower()))
+
+
 def _vocabulary(bench: Workbench, at_least: int) -> list[str]:
-    words = sorted({word for text in bench.haystack for word in _WORD.findall(text[:400_000].lower())})
+    words = sorted(frozenset().union(*map(_words_of, bench.haystack)))
     if len(words) < at_least:
         raise ValueError(f"the haystack has {len(words)} different words, {at_least} are needed; give more text")
     bench.rng.shuffle(words)

@@ -141,12 +141,19 @@ class Workbench:
                 f"a length of {self.length} tokens is too short for this task: {len(best)} tokens of content at least, "
                 f"{count} fit; ask for a longer prompt"
             )
-        if len(self.ids(render(at_most))) < count:
+        # up by doubling, then down by halves: `render(at_most)` may be far larger than what fits
+        low = high = at_least
+        while high < at_most:
+            high = min(2 * high, at_most)
+            ids = self.ids(render(high))
+            if len(ids) > count:
+                break
+            low, best = high, ids
+        if low == at_most and len(best) < count:
             raise ValueError(
-                f"there are words for {len(self.ids(render(at_most)))} tokens, {count} are needed for a length of "
-                f"{self.length}; give more haystack text or ask for a shorter prompt"
+                f"there are words for {len(best)} tokens, {count} are needed for a length of {self.length}; give more "
+                "haystack text or ask for a shorter prompt"
             )
-        low, high = at_least, at_most + 1
         while high - low > 1:
             middle = (low + high) // 2
             ids = self.ids(render(middle))

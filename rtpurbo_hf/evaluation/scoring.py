@@ -69,13 +69,18 @@ def emulate(arm: Arm, ids: torch.Tensor, rows: int, *, equal: float | None = Non
     ids = ids.to(model.device).long()[None]
     length = ids.shape[1]
     with torch.inference_mode(), arm.variant.applied(model):
-        profile = SparsityProfile(model, torch.arange(length - rows + 1, length + 1))
+        profile = SparsityProfile(model, _visible(length, rows))
         options: dict[str, Any] = {}
         if arm.variant.mode == "sparse":
             selector = arm.variant.build_selector(model, equal)
             options = {"decode_rows": rows, "on_selection": profile.observe, "selector": selector}
         logits = model(ids, use_cache=False, logits_to_keep=rows, **options).logits[0]
     return Emulated(logits, profile)
+
+
+def _visible(length: int, rows: int) -> torch.Tensor:
+    """How many tokens each of the last rows sees."""
+    return torch.arange(length - rows + 1, length + 1)
 
 
 def score_text(emulated: Emulated, reference: torch.Tensor, ids: torch.Tensor, *, chunk: int = 128) -> Record:
@@ -171,8 +176,12 @@ def generate_answers(
 
 
 def score_answer(arm: Arm, example: Example, answer: tuple[float, list[int]]) -> Record:
-    """The score of a generated answer, and what the steps that made it attended to (one more forward)."""
+    """The score of a generated answer, and what the steps that made it attended to (one more forward, if selected)."""
     value, generated = answer
     ids = torch.tensor([*example.prompt_ids, *generated])
     rows = max(len(generated), 1)
-    return emulate(arm, ids, rows).record(score=(value, 1.0))
+    if arm.variant.mode == "sparse":
+        return emulate(arm, ids, rows).record(score=(value, 1.0))
+    with arm.variant.applied(arm.model):
+        profile = SparsityProfile(arm.model, _visible(len(ids), rows))
+    return Record({"score": (value, 1.0), **profile.sums()})
