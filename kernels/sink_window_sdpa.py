@@ -6,7 +6,6 @@ backward, since no tile's scores are kept. No soft-cap and no learned sink logit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -45,10 +44,23 @@ def _tile_mask(
         return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
-def _groups(heads: tuple[int, ...], kv_heads: tuple[int, ...]) -> Iterator[tuple[int, list[int]]]:
-    """Each KV head with the query heads that read it."""
-    for kv_head in dict.fromkeys(kv_heads):
-        yield kv_head, [head for head, other in zip(heads, kv_heads, strict=True) if other == kv_head]
+def _groups(heads: tuple[int, ...], kv_heads: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """`(KV heads, query heads)` of each call: KV heads with equally many readers, and these readers in their order."""
+    readers: dict[int, list[int]] = {}
+    for head, kv_head in zip(heads, kv_heads, strict=True):
+        readers.setdefault(kv_head, []).append(head)
+    by_count: dict[int, tuple[list[int], list[int]]] = {}
+    for kv_head, listed in sorted(readers.items()):
+        group = by_count.setdefault(len(listed), ([], []))
+        group[0].append(kv_head)
+        group[1].extend(listed)
+    return list(by_count.values())
+
+
+def _rows(indices: list[int]) -> slice | list[int]:
+    """A slice where one does: it picks without a copy."""
+    first, last = indices[0], indices[-1] + 1
+    return slice(first, last) if indices == list(range(first, last)) else indices
 
 
 def sink_window_attention_sdpa(
@@ -72,6 +84,7 @@ def sink_window_attention_sdpa(
     batch, _, q_len, _ = query.shape
     device, kv_len, sinks = query.device, key.shape[2], sink_key.shape[2]
     first_slot = starts(start, batch, device)[:, None]
+    groups = _groups(heads, kv_heads)
     for first in range(0, q_len, TILE):
         last = min(first + TILE, q_len)
         low = max(q_start + first - window + 1 - kv_start, 0)
@@ -87,13 +100,21 @@ def sink_window_attention_sdpa(
             k_pos = torch.arange(kv_start + low, kv_start + high, device=device) - first_slot
             mask = _visible(q_pos, k_pos, sinks, num_sinks, window)[:, None]
             real = (q_pos >= 0)[:, None, :, None]
-        for kv_head, group in _groups(heads, kv_heads):
-            at = slice(kv_head, kv_head + 1)
-            k = torch.cat([sink_key[:, at], key[:, at, low:high]], 2).expand(-1, len(group), -1, -1)
-            v = torch.cat([sink_value[:, at], value[:, at, low:high]], 2).expand(-1, len(group), -1, -1)
-            tile = F.scaled_dot_product_attention(query[:, group, first:last], k, v, attn_mask=mask, scale=scale)
+        for kv_group, group in groups:
+            at, count = _rows(kv_group), len(kv_group)
+            # KV heads go to the batch axis, so that their readers share them without a copy
+            k, v = (
+                torch.cat([sink[:, at], rest[:, at, low:high]], 2)
+                .flatten(0, 1)[:, None]
+                .expand(-1, len(group) // count, -1, -1)
+                for sink, rest in ((sink_key, key), (sink_value, value))
+            )
+            q = query[:, _rows(group), first:last].reshape(batch * count, -1, last - first, query.shape[3])
+            seen = mask if start is None else mask.repeat_interleave(count, 0)
+            tile = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+            tile = tile.reshape(batch, len(group), last - first, -1)
             if real is not None:
                 # rows on padding see nothing and may come out as NaN: zero, as in the reference
                 tile = torch.where(real, tile, 0.0)
-            out[:, first:last, group] = tile.transpose(1, 2).to(out.dtype)
+            out[:, first:last, _rows(group)] = tile.transpose(1, 2).to(out.dtype)
     return out

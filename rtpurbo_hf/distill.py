@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from .auto import RTPurboForCausalLM
+from .modeling.families_rtpurbo import family_of
 from .runs import claim
 from .training.checkpoints import last_checkpoint
 from .training.data import NeedleMixer, TokenBlocks, load_texts, pack_documents
@@ -115,6 +116,7 @@ def train_stage2(
         save_steps=max(settings.steps // 4, 1),
         save_total_limit=1,
         lora_rank=settings.lora_rank,
+        gradient_checkpointing=family_of(model.config.base_config).forwards_kwargs,
         bf16=half is not None,
         seed=seed,
         report_to=report_to,

@@ -35,7 +35,7 @@ def test_gradients_in_bf16_equal_the_reference(what):
         (out.float() * weight).sum().backward()
         results.append([out.detach().float(), *(x.grad.float() for x in inputs)])
     for ours, reference in zip(*results, strict=True):
-        assert (ours - reference).norm() / reference.norm() < 0.01
+        assert (ours - reference).norm() / reference.norm() < 0.02
 
 
 def small_model():
