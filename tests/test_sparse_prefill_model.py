@@ -79,6 +79,13 @@ def test_observer_measures_the_kept_mass(model, ids):
     assert all(0.3 < float(share) < 1.0 for share in kept)
 
 
+def test_observer_sees_decode_rows_alone_where_there_are_any(model, ids):
+    seen = []
+    observe = lambda layer, rows, chosen, valid, weights: seen.append(chosen.shape[2])  # noqa: E731
+    logits(model, ids, use_cache=False, decode_rows=5, on_selection=observe)
+    assert seen == [5] * sum(bool(heads) for heads in model.config.retrieval_heads)
+
+
 def test_gradients_flow(ids):
     model = make(prefill="sparse_tiled", index_top_p=0.4)
     model(ids, labels=ids).loss.backward()
