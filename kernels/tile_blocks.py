@@ -16,8 +16,8 @@ So the set of a *mean* query reaches p, by whole blocks, and a row sees at least
 relaxation of the token-wise contract (`top_p.py`), where each row's own set reaches p: a row that is not the last of
 its tile may miss what only it asks for and its 15 neighbours do not; it sees what the rest of its tile asks for.
 
-A row never attends to later keys, but which earlier blocks it reads depends on the later rows of its tile: a prompt that
-ends inside a tile and its continuation in one forward may differ in that tile's rows.
+A row never attends to later keys, but which earlier blocks it reads depends on the later rows of its tile: a prompt
+that ends inside a tile and its continuation in one forward may differ in that tile's rows.
 
 Slots, not logical positions, are cut: prefill in chunks whose bounds are multiples of `TILE` selects as one forward
 does. A chunk that begins inside a tile selects for the rest of that tile without the rows that came before.
