@@ -1,7 +1,8 @@
 """Which key blocks a tile of prefill queries reads (beyond the paper: the index selects for prefill rows as well).
 
 Queries are cut into tiles of `TILE` slots and keys into blocks of `BLOCK` slots, both counted from slot 0. The rows
-of a tile that share `GROUP` aligned slots are represented by the mean of their index queries, iq(g). With
+of a tile that share `GROUP` aligned slots are represented by the mean of their index queries, iq(g); the tile's last
+row is one more group of its own, since after the last row of a prompt comes the answer. With
 
     mass_g(j) = sum of softmax_n(iq(g) . ik(n)) over the keys n of block j     n real, n <= last row of group g
 
@@ -12,8 +13,11 @@ the list of a tile of one head is
                `min_tokens` slots; then the union over the groups. Blocks that tie with the last one all enter.
 
 So the set of a *mean* query reaches p, by whole blocks, and a row sees at least its own group's set. That is a
-relaxation of the token-wise contract (`top_p.py`), where each row's own set reaches p: a row may miss what only it asks
-for and its 15 neighbours do not, and sees everything that the rest of its tile asks for.
+relaxation of the token-wise contract (`top_p.py`), where each row's own set reaches p: a row that is not the last of
+its tile may miss what only it asks for and its 15 neighbours do not; it sees what the rest of its tile asks for.
+
+A row never attends to later keys, but which earlier blocks it reads depends on the later rows of its tile: a prompt
+that ends inside a tile and its continuation in one forward may differ in that tile's rows.
 
 Slots, not logical positions, are cut: prefill in chunks whose bounds are multiples of `TILE` selects as one forward
 does. A chunk that begins inside a tile selects for the rest of that tile without the rows that came before.
@@ -28,7 +32,8 @@ import torch.nn.functional as F
 from .common import HAS_TRITON, row_tiles, starts, tl, triton
 
 TILE, BLOCK, GROUP, RECENT_BLOCKS = 128, 64, 16, 2
-GROUPS = TILE // GROUP
+# groups of a tile: those of GROUP rows, and the last row
+GROUPS = TILE // GROUP + 1
 
 
 def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
@@ -38,7 +43,7 @@ def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
 
 
 def pool_index_queries(index_query: torch.Tensor, *, q_start: int, start: torch.Tensor | None) -> torch.Tensor:
-    """Means of the real rows of each group: `[B, n, M, r]` to `[B, n, tiles * GROUPS, r]`, in the same dtype."""
+    """One query for each group, of its real rows: `[B, n, M, r]` to `[B, n, tiles * GROUPS, r]`, in the same dtype."""
     batch, heads, q_len, dim = index_query.shape
     first_tile, tiles = tile_range(q_start, q_len)
     before = q_start - first_tile * TILE
@@ -46,9 +51,19 @@ def pool_index_queries(index_query: torch.Tensor, *, q_start: int, start: torch.
     slots = torch.arange(q_start, q_start + q_len, device=index_query.device)
     real = (slots >= starts(start, batch, index_query.device)[:, None]).float()
     rows = F.pad(index_query.float() * real[:, None, :, None], (0, 0, before, after))
-    count = F.pad(real, (before, after)).view(batch, 1, tiles * GROUPS, GROUP).sum(-1)
-    total = rows.view(batch, heads, tiles * GROUPS, GROUP, dim).sum(3)
-    return (total / count.clamp_min(1)[..., None]).to(index_query.dtype)
+    count = F.pad(real, (before, after)).view(batch, 1, tiles, GROUPS - 1, GROUP).sum(-1)
+    total = rows.view(batch, heads, tiles, GROUPS - 1, GROUP, dim).sum(4)
+    means = (total / count.clamp_min(1)[..., None]).to(index_query.dtype)
+    last = (torch.arange(1, tiles + 1, device=index_query.device) * TILE - before).clamp_max(q_len) - 1
+    return torch.cat([means, index_query[:, :, last, None]], 3).flatten(2, 3)
+
+
+def _group_rows(tiles: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots [begin, stop) of the rows of each group of the numbered tiles, `[tiles * GROUPS]` each."""
+    begin = torch.arange(0, TILE, GROUP, device=tiles.device) + tiles[:, None] * TILE
+    last = ((tiles + 1) * TILE).clamp_max(end)[:, None]
+    begin, stop = torch.cat([begin, last - 1], 1), torch.cat([(begin + GROUP).clamp_max(end), last], 1)
+    return begin.flatten(), stop.flatten()
 
 
 def _forced_and_earlier(tiles: torch.Tensor, blocks: int, first: torch.Tensor, end: int, num_sinks: int):
@@ -94,15 +109,13 @@ def tile_blocks_reference(
     chosen = torch.empty(batch, heads, tiles, blocks, dtype=torch.bool, device=device)
     for piece in row_tiles(tiles, GROUPS * batch * heads * end):
         groups = slice(piece.start * GROUPS, piece.stop * GROUPS)
-        # a group's rows are slots [begin, stop)
-        begin = torch.arange(groups.start, groups.stop, device=device) * GROUP + first_tile * TILE
-        stop = (begin + GROUP).clamp_max(end)
+        numbers = torch.arange(piece.start, piece.stop, device=device) + first_tile
+        begin, stop = _group_rows(numbers, end)
         valid = (slots < stop[:, None]) & (slots >= first[:, None, None])
         scores = torch.matmul(pooled[:, :, groups], keys.transpose(-1, -2)).masked_fill(~valid[:, None], -torch.inf)
         mass = torch.softmax(scores, -1).nan_to_num(0.0)
         # [B, n, tiles, groups, blocks]
         mass = F.pad(mass, (0, blocks * BLOCK - end)).view(batch, heads, -1, GROUPS, blocks, BLOCK).sum(-1)
-        numbers = torch.arange(piece.start, piece.stop, device=device) + first_tile
         forced, earlier = (
             part[:, None, :, None] for part in _forced_and_earlier(numbers, blocks, first, end, num_sinks)
         )
@@ -132,7 +145,7 @@ def _smallest_set(
 
 if HAS_TRITON:
 
-    @triton.jit(do_not_specialize=["num_heads", "groups", "blocks", "first_group", "end"])
+    @triton.jit(do_not_specialize=["num_heads", "groups", "blocks", "first_tile", "end"])
     def _block_mass_kernel(
         p_q,
         p_k,
@@ -145,13 +158,14 @@ if HAS_TRITON:
         num_heads,
         groups,
         blocks,
-        first_group,
+        first_tile,
         end,
         HAS_START: tl.constexpr,
         DIM: tl.constexpr,
         BLOCK_R: tl.constexpr,
         BLOCK_G: tl.constexpr,
         BLOCK_N: tl.constexpr,
+        TILE_ROWS: tl.constexpr,
         GROUP_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         STEPS: tl.constexpr,
@@ -172,9 +186,11 @@ if HAS_TRITON:
         m_g = o_g < groups
         m_r = o_r < DIM
         # keys below `limit` are in sight of the group
-        limit = tl.minimum((first_group + o_g + 1) * GROUP_ROWS, end)
-        low = (first_group + i_g * BLOCK_G + 1) * GROUP_ROWS
-        high = tl.minimum((first_group + tl.minimum((i_g + 1) * BLOCK_G, groups)) * GROUP_ROWS, end)
+        parts: tl.constexpr = TILE_ROWS // GROUP_ROWS
+        part = tl.minimum(o_g % (parts + 1) + 1, parts)
+        limit = tl.minimum((first_tile + o_g // (parts + 1)) * TILE_ROWS + part * GROUP_ROWS, end)
+        low = tl.min(limit, 0)
+        high = tl.max(tl.where(m_g, limit, 0), 0)
         o_row = i_row.to(tl.int64) * groups + o_g
         # [BLOCK_G, BLOCK_R]
         b_q = tl.load(p_q + o_row[:, None] * DIM + o_r[None, :], mask=m_g[:, None] & m_r[None, :], other=0.0)
@@ -250,13 +266,15 @@ if HAS_TRITON:
         m_early = m_seen & (m_forced == 0)
         forced = tl.sum(m_forced.to(tl.int32), 0)
         b_taken = m_forced.to(tl.int32)
-        groups: tl.constexpr = TILE_ROWS // GROUP_ROWS
+        parts: tl.constexpr = TILE_ROWS // GROUP_ROWS
         i_tile = i_row.to(tl.int64) * tiles + i_t
-        for i_g in tl.range(0, groups):
-            rows = begin + i_g * GROUP_ROWS
-            if (rows < end) & (rows + GROUP_ROWS > tl.maximum(first, q_start)):
+        for i_g in tl.range(0, parts + 1):
+            # the last group is the tile's last row
+            rows = tl.where(i_g < parts, begin + i_g * GROUP_ROWS, stop - 1)
+            rows_end = tl.where(i_g < parts, rows + GROUP_ROWS, stop)
+            if (rows < end) & (rows_end > tl.maximum(first, q_start)):
                 # [SIZE]
-                b_mass = tl.load(p_mass + (i_tile * groups + i_g) * blocks + o_j, mask=m_seen, other=float("-inf"))
+                b_mass = tl.load(p_mass + (i_tile * (parts + 1) + i_g) * blocks + o_j, mask=m_seen, other=float("-inf"))
                 b_mass = tl.exp2(b_mass - tl.maximum(tl.max(b_mass, 0), -1.0e30))
                 goal = top_p * tl.sum(b_mass, 0) - tl.sum(tl.where(m_forced, b_mass, 0.0), 0)
                 b_mass = tl.where(m_early, b_mass, -1.0)
@@ -290,7 +308,7 @@ if HAS_TRITON:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`tile_blocks_reference` as lists: ascending int32 `[B, n, tiles, blocks]` and counts `[B, n, tiles]`.
 
-        Stores `8 * blocks` fp32 masses for each tile and head: the caller bounds the tiles of one call.
+        Stores `GROUPS * blocks` fp32 masses for each tile and head: the caller bounds the tiles of one call.
         """
         batch, heads, q_len, dim = index_query.shape
         device, end = index_query.device, q_start + q_len
@@ -313,13 +331,14 @@ if HAS_TRITON:
                 heads,
                 groups,
                 blocks,
-                first_tile * GROUPS,
+                first_tile,
                 end,
                 HAS_START=start is not None,
                 DIM=dim,
                 BLOCK_R=max(16, triton.next_power_of_2(dim)),
                 BLOCK_G=block_g,
                 BLOCK_N=BLOCK,
+                TILE_ROWS=TILE,
                 GROUP_ROWS=GROUP,
                 COLUMNS=columns,
                 STEPS=steps,

@@ -430,7 +430,9 @@ class _Step:
         )  # fmt: skip
 
     def _tiled(self, out, key, value, index_key, kv_heads, *, q_start: int) -> None:
-        config, observe = self.layer.config, self.state.on_selection
+        config = self.layer.config
+        # where some rows decode, they are what is observed: the rest then keeps to the fast kernels
+        observe = self.state.on_selection if self.state.decode_rows is None else None
         sparse_prefill_attention(
             self.query,
             key,

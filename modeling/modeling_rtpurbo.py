@@ -245,7 +245,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             decode_rows: rows of an uncached forward that attend as decode steps would: a bool mask `[B, M]`, or the
                 number of last rows.
             observer: called with `AttentionInputs` in each converted layer.
-            on_selection: called with (layer index, rows, selected, visible, dense weights) per tile of sparse rows.
+            on_selection: called with (layer index, rows, selected, visible, dense weights) per tile of sparse rows;
+                with `decode_rows` and tiled prefill, of those rows only.
             selector: chooses what sparse rows attend to in place of the index, see `SelectionTile`; for measurements,
                 on forwards without a cache.
             layer_loss: like `observer`, returns a scalar: the backbone runs dense and without gradients, and the

@@ -61,10 +61,11 @@ def test_generation_with_left_padding(model):
 
 
 def test_decode_rows_attend_as_decode_steps_do(model, ids):
-    rows = logits(model, ids, use_cache=False, decode_rows=1)
+    prompt = 384
+    rows = logits(model, ids[:, : prompt + 1], use_cache=False, decode_rows=1)
     with torch.no_grad():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        step = model(ids[:, -1:], past_key_values=cache).logits
+        cache = model(ids[:, :prompt], use_cache=True).past_key_values
+        step = model(ids[:, prompt : prompt + 1], past_key_values=cache).logits
     torch.testing.assert_close(rows[:, -1:], step, rtol=1e-4, atol=1e-4)
 
 
@@ -77,6 +78,13 @@ def test_observer_measures_the_kept_mass(model, ids):
     )
     assert len(kept) == sum(bool(heads) for heads in model.config.retrieval_heads)
     assert all(0.3 < float(share) < 1.0 for share in kept)
+
+
+def test_observer_sees_decode_rows_alone_where_there_are_any(model, ids):
+    seen = []
+    observe = lambda layer, rows, chosen, valid, weights: seen.append(chosen.shape[2])  # noqa: E731
+    logits(model, ids, use_cache=False, decode_rows=5, on_selection=observe)
+    assert seen == [5] * sum(bool(heads) for heads in model.config.retrieval_heads)
 
 
 def test_gradients_flow(ids):

@@ -150,6 +150,19 @@ def test_kernel_matches_reference(case):
         assert (out[row, : max(first - case.q_start, 0)] == 0).all()
 
 
+@pytest.mark.parametrize("length", [700, 768])
+def test_the_last_row_keeps_its_own_mass(length):
+    """What the last row alone asks for is read, however little its neighbours care."""
+    arguments = inputs(Case(length, top_p=0.9))
+    wanted = 3 * BLOCK
+    arguments["index_key"][..., wanted : wanted + BLOCK, :] = 8.0
+    arguments["index_query"][:, :, :-1] = -1.0
+    arguments["index_query"][:, :, -1] = 1.0
+    assert blocks(arguments)[..., -1, 3].all()
+    arguments["index_query"][:, :, -1] = -1.0
+    assert not blocks(arguments)[..., -1, 3].any()
+
+
 def test_lists_hold_the_written_sets():
     """One tile by hand: what is forced, and the smallest set of each group's mean query, over all its groups."""
     case = Case(1500, group=3, top_p=0.55)
@@ -161,9 +174,11 @@ def test_lists_hold_the_written_sets():
     forced = set(expected)
     key = arguments["index_key"][0, arguments["index_heads"][head]]
     for group in range(GROUPS):
-        begin = tile * TILE + group * GROUP
-        pooled = arguments["index_query"][0, head, begin : begin + GROUP].mean(0)
-        weights = torch.softmax(key[: begin + GROUP] @ pooled, 0)
+        begin, stop = tile * TILE + group * GROUP, tile * TILE + (group + 1) * GROUP
+        if group == GROUPS - 1:
+            begin, stop = (tile + 1) * TILE - 1, (tile + 1) * TILE
+        pooled = arguments["index_query"][0, head, begin:stop].mean(0)
+        weights = torch.softmax(key[:stop] @ pooled, 0)
         weights = torch.nn.functional.pad(weights, (0, -len(weights) % BLOCK)).view(-1, BLOCK).sum(1)
         held = sum(float(weights[j]) for j in forced if j < len(weights))
         for j in weights.argsort(descending=True).tolist():
