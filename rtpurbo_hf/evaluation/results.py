@@ -140,22 +140,37 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{_number(value)} [{_number(low)}, {_number(high)}]"
+
+
+def _table(rows: Sequence[ResultRow], cells: dict[tuple[str, str], str], title: str) -> list[str]:
+    """Figures down, variants that have any across."""
+    variants = [v for v in _order(row.variant for row in rows) if any(name == v for _, name in cells)]
+    lines = ["", f"| {title} | n | {' | '.join(variants)} |", "|---" * (len(variants) + 2) + "|"]
+    for task in _order(row.task for row in rows if any(row.task == name for name, _ in cells)):
+        count = next(row.n for row in rows if row.task == task)
+        lines.append(f"| {task} | {count} | {' | '.join(cells.get((task, v), '-') for v in variants)} |")
+    return lines
+
+
 def markdown(rows: Sequence[ResultRow], meta: dict[str, Any]) -> str:
-    """One table for each suite and length: figures down, variants across, each with its interval."""
+    """For each suite and length the figures and, but for `sparsity`, their paired differences to the reference."""
+    reference = meta["reference"]
     lines = [f"# {meta['checkpoint']}: fidelity", ""]
-    lines.append(f"95 % bootstrap intervals over n samples; reference: `{meta['reference']}`. {meta['device']}.")
+    lines.append(f"95 % bootstrap intervals over n samples; reference: `{reference}`. {meta['device']}.")
     for suite, length in _order((row.suite, row.length) for row in rows):
         part = [row for row in rows if (row.suite, row.length) == (suite, length)]
-        variants = _order(row.variant for row in part)
-        lines += ["", f"## {suite}, {length:,} tokens", ""]
-        lines += [f"| | n | {' | '.join(variants)} |", "|---" * (len(variants) + 2) + "|"]
-        for task in _order(row.task for row in part):
-            cells = {row.variant: row for row in part if row.task == task}
-            shown = [
-                f"{_number(cells[v].value)} [{_number(cells[v].low)}, {_number(cells[v].high)}]" if v in cells else "-"
-                for v in variants
-            ]
-            lines.append(f"| {task} | {next(iter(cells.values())).n} | {' | '.join(shown)} |")
+        lines += ["", f"## {suite}, {length:,} tokens"]
+        lines += _table(part, {(r.task, r.variant): _interval(r.value, r.low, r.high) for r in part}, suite)
+        deltas = {
+            (r.task, r.variant): _interval(r.delta, r.delta_low or 0.0, r.delta_high or 0.0)
+            for r in part
+            if r.delta is not None and suite != "sparsity"
+        }
+        if deltas:
+            how = "difference to the reference" + (", relative for perplexity" if suite == "ppl" else "")
+            lines += _table(part, deltas, how)
     command, commit = meta.get("command"), meta.get("commit")
     return "\n".join([*lines, "", f"Made with `{command}`, commit {commit}.", ""])
 
@@ -204,6 +219,7 @@ def plot(rows: Sequence[ResultRow], path: Path, *, title: str) -> None:
                     color=f"C{number % 10}",
                 )
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axis.set_xlim(-0.5, len(lengths) - 0.5)
         axis.set_xlabel("tokens")
         axis.set_title(label, fontsize=9)
         axis.grid(alpha=0.3)
