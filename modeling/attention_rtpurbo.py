@@ -478,6 +478,7 @@ class _Step:
 
     def _decode_rows(self, out: torch.Tensor, rows: DecodeRows) -> None:
         """Recompute the retrieval heads of some rows as decode steps would."""
+        rows = DecodeRows(rows.index.to(out.device), rows.counted.to(out.device))
         batch = torch.arange(out.shape[0], device=out.device)[:, None]
         query = self.query.gather(2, _expand(rows.index, self.query))
         index_query = self.index_query.gather(2, _expand(rows.index, self.index_query))

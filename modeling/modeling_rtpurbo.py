@@ -403,7 +403,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             )
         if attention_mask is not None:
             decode_rows = decode_rows.to(attention_mask.device) & attention_mask.bool()
-        return DecodeRows.from_mask(decode_rows)
+        return DecodeRows.from_mask(decode_rows.to(state.positions.device))
 
     def _layer_losses(self, shape, input_ids, attention_mask, position_ids, inputs_embeds, layer_loss, kwargs):
         with torch.no_grad(), self.attention_mode("dense"):

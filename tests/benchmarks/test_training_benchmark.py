@@ -117,7 +117,7 @@ def test_a_red_check_shows_no_figure(rows, monkeypatch):
     found = rows()
     assert all(row.extra["check"] == "red" for row in found)
     assert not any(row.extra.get("step_over_forward") or row.extra.get("gib") for row in found)
-    monkeypatch.setattr(cli, "_device", lambda name: name)
+    monkeypatch.setattr(cli, "device_named", lambda name: name)
     monkeypatch.setattr(training, "run_training_benchmarks", lambda *args, **kwargs: found)
     result = CliRunner().invoke(cli.app, ["bench", "training"])
     assert result.exit_code != 0
