@@ -140,3 +140,16 @@ def test_memory_is_freed_and_predicted():
         )
         expected = {kind: expected[kind] + sizes[kind] for kind in expected}
     assert {kind: whole.nbytes()[kind] for kind in expected} == expected
+
+
+def test_a_number_of_decode_rows_is_its_mask(batch):
+    """Regression: a number of rows became a mask on the CPU, which the forward could not use."""
+    ids, model = batch[0][1:], make()
+    rows = torch.zeros_like(ids, dtype=torch.bool)
+    rows[:, -5:] = True
+    with torch.inference_mode():
+        by_number, by_mask, without = (
+            model(ids, use_cache=False, logits_to_keep=5, decode_rows=chosen).logits for chosen in (5, rows, None)
+        )
+    assert torch.equal(by_number, by_mask)
+    assert not torch.equal(by_number, without)
