@@ -171,6 +171,8 @@ def rtpurbo_attention(
     state = rtpurbo_state
     if layer.rotation is not None:
         query, key = _rotate(layer, state, query, key, cos, sin)
+        # under autocast cos and sin are fp32, and so is what they rotate
+        query, key = query.to(value.dtype), key.to(value.dtype)
     device = query.device
     positions = state.positions.to(device)
     plan = routed = layer.plans[state.mode]

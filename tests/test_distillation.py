@@ -174,6 +174,18 @@ def test_autocast_rounds_projections_only(tmp_path):
     assert all(grad.dtype == torch.float32 for grad in found[1][1].values())
 
 
+def test_autocast_reaches_what_is_rotated():
+    """Regression: fp32 cos and sin made fp32 queries and keys beside 16-bit values, which local heads refused."""
+    model, seen = wrapped(), []
+    ids = blocks(1)[0]["input_ids"][None]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(
+            ids, use_cache=False, observer=lambda inputs: seen.append((inputs.query.dtype, inputs.key.dtype))
+        )
+    output.logits.float().sum().backward()
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+
+
 def test_kl_is_that_of_the_kept_entries():
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
