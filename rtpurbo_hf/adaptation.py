@@ -21,9 +21,7 @@ from .benchmarks.harness import environment
 from .distill import Stage2, save_distilled, train_stage2
 from .evaluation.fidelity import Fidelity, compare_modes
 from .presets import Preset
-from .recipe_data import AdaptationData as _Data
-from .recipe_data import adaptation_data as _data
-from .recipe_data import part_of as _part
+from .recipe_data import AdaptationData, adaptation_data, part_of
 from .report import write_report
 from .runs import claim
 from .sources import BaseModel, load_base
@@ -132,7 +130,7 @@ def adapt(
         source = base if isinstance(base, BaseModel) else load_base(base, dtype=dtype, device=device)
     model = wrap(source, settings)
     with clock("data"):
-        blocks = _data(data, source.tokenizer, settings, seed)
+        blocks = adaptation_data(data, source.tokenizer, settings, seed)
     # only now: a run that ends on bad settings or data leaves nothing behind
     claim(output, _record(source, settings, seed, data, stage2))
     with clock("calibrate"):
@@ -201,7 +199,7 @@ def _record(source: BaseModel, settings: Preset, seed: int, data: Any, stage2: S
     return record if stage2 is None else {**record, "stage2": dataclasses.asdict(stage2)}
 
 
-def _needles(source: BaseModel, blocks: _Data, settings: Preset, seed: int) -> list[NeedleBlock]:
+def _needles(source: BaseModel, blocks: AdaptationData, settings: Preset, seed: int) -> list[NeedleBlock]:
     """Key-value prompts for the evaluation, about other things than those of training."""
     mixer = NeedleMixer(source.tokenizer, keys=EVALUATION_KEYS)
     gap = min(settings.sliding_window, settings.context // 2)
@@ -209,7 +207,7 @@ def _needles(source: BaseModel, blocks: _Data, settings: Preset, seed: int) -> l
 
 
 def _evaluate(
-    model: RTPurboForCausalLM, blocks: _Data, needles: list[NeedleBlock], settings: Preset, **options: Any
+    model: RTPurboForCausalLM, blocks: AdaptationData, needles: list[NeedleBlock], settings: Preset, **options: Any
 ) -> dict[str, Fidelity]:
     return compare_modes(model.eval(), list(blocks.held_out.input_ids), needles, rows=settings.eval_rows, **options)
 
@@ -252,7 +250,7 @@ def train_adapter(
     output = Path(output)
     source = load_base(base, dtype=dtype, device=device)
     model = wrap(source, settings)
-    blocks = _data(data, source.tokenizer, settings, seed)
+    blocks = adaptation_data(data, source.tokenizer, settings, seed)
     claim(output, _record(source, settings, seed, data))
     chosen = [list(h) for h in heads.retrieval_heads] if isinstance(heads, Calibration) else heads
     _initialise(model, chosen, blocks, settings, seed)
@@ -272,7 +270,7 @@ def _save(output: Path, model: RTPurboForCausalLM, source: BaseModel, calibratio
     return adapter
 
 
-def _calibration(output: Path, model, blocks: _Data, settings: Preset, seed: int) -> Calibration:
+def _calibration(output: Path, model, blocks: AdaptationData, settings: Preset, seed: int) -> Calibration:
     path = output / CALIBRATION_FILE
     if path.exists():
         logger.info("%s: calibration of the interrupted run", path)
@@ -283,13 +281,13 @@ def _calibration(output: Path, model, blocks: _Data, settings: Preset, seed: int
     return calibration
 
 
-def _initialise(model, heads: list[list[int]], blocks: _Data, settings: Preset, seed: int) -> None:
+def _initialise(model, heads: list[list[int]], blocks: AdaptationData, settings: Preset, seed: int) -> None:
     model.set_retrieval_heads(heads)
     documents = list(blocks.calibration.input_ids[:1])
     initialise_indexers(model, documents, method=settings.initialisation, seed=seed)
 
 
-def _stage1(output: Path, model, blocks: _Data, settings: Preset, seed: int, report_to) -> IndexerTrainer:
+def _stage1(output: Path, model, blocks: AdaptationData, settings: Preset, seed: int, report_to) -> IndexerTrainer:
     arguments = IndexerTrainingArguments(
         output_dir=str(output / "trainer"),
         max_steps=settings.steps,
@@ -304,7 +302,7 @@ def _stage1(output: Path, model, blocks: _Data, settings: Preset, seed: int, rep
         report_to=report_to,
         use_cpu=model.device.type == "cpu",
     )
-    held_out = _part(blocks.held_out, 0, 2)
+    held_out = part_of(blocks.held_out, 0, 2)
     trainer = IndexerTrainer(model=model, args=arguments, train_dataset=blocks.train, eval_dataset=held_out)
     remove_incomplete(output / "trainer")
     done = last_checkpoint(output / "trainer")
@@ -313,7 +311,15 @@ def _stage1(output: Path, model, blocks: _Data, settings: Preset, seed: int, rep
 
 
 def _stage2(
-    output: Path, adapter: Path, blocks: _Data, source: BaseModel, stage2: Stage2, seed: int, device, dtype, report_to
+    output: Path,
+    adapter: Path,
+    blocks: AdaptationData,
+    source: BaseModel,
+    stage2: Stage2,
+    seed: int,
+    device,
+    dtype,
+    report_to,
 ) -> tuple[RTPurboForCausalLM, list[dict[str, float]]]:
     """The distilled model, saved in `output/model`, and its loss by step."""
     student = RTPurboForCausalLM.from_pretrained(adapter, dtype=stage2.training_dtype(dtype)).to(device)
