@@ -47,7 +47,8 @@ def bare_environment(tmp_path: Path) -> dict[str, str]:
 
     packages = tmp_path / "site"
     packages.mkdir()
-    for folder in {*site.getsitepackages(), *(p for p in sys.path if p.endswith("site-packages"))}:
+    # in the order of the path: of two versions of a package the first one counts
+    for folder in dict.fromkeys([*(p for p in sys.path if p.endswith("site-packages")), *site.getsitepackages()]):
         for entry in Path(folder).iterdir():
             target = packages / entry.name
             if "rtpurbo" not in entry.name and entry.suffix != ".pth" and not target.exists():
