@@ -130,15 +130,16 @@ def evaluate(
         compare: `"base"` adds the dense base model, and measures against it; another checkpoint adds its variants,
             `NAME@OTHER`. None measures against the checkpoint's own dense mode.
         data, split_seed, unseen: where the text comes from, see `held_out_documents`.
-        base: the base model of adapters, in place of the one that they name; see `load_base`.
+        base: the base model of adapters, in place of the one that they name, and its tokenizer; see
+            `load_base`.
         qa_data: file for task `qa`. device, dtype: of the models.
 
     Raises:
         ValueError: settings that do not fit together, too little text, or `output` holds results of other settings.
     """
     output = Path(output)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     base = None if base is None else base_path(base)
+    tokenizer = AutoTokenizer.from_pretrained(base or checkpoint)
     model = _load(checkpoint, base, device, dtype)
     plan = dataclasses.replace(plan, gap=model.config.sliding_window)
     documents = held_out_documents(data, max(plan.lengths), split_seed=split_seed, unseen=unseen)
