@@ -385,7 +385,7 @@ def test_against_the_dense_base(checkpoint, tmp_path):
     settings = {"sliding_window": 32, "base_model_name_or_path": str(tmp_path / "base")}
     model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[0], [1]], **settings)
     model.save_pretrained(tmp_path / "adapter", adapter_only=True)
-    small_tokenizer().save_pretrained(tmp_path / "adapter")
+    small_tokenizer().save_pretrained(tmp_path / "base")
     arguments = ["--compare", "base", "--suite", "ppl", "--lengths", "256", "--rows", "16", "--blocks", "2"]
     always = ["eval", str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--data", str(checkpoint / "texts")]
     done = CliRunner().invoke(app, [*always, "--device", "cpu", *arguments], catch_exceptions=False)
@@ -409,7 +409,7 @@ def test_an_adapter_on_a_base_that_moved(tmp_path):
         base, retrieval_heads=[[0], [1]], sliding_window=32, base_model_name_or_path="there/before"
     )
     model.save_pretrained(tmp_path / "adapter", adapter_only=True)
-    small_tokenizer().save_pretrained(tmp_path / "adapter")
+    small_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "texts").mkdir()
     for number, (_, text) in enumerate(item for item in python_sources() if len(item[1]) > 20_000):
         (tmp_path / "texts" / f"{number}.txt").write_text(text[:5000] if number < 30 else "", encoding="utf-8")
