@@ -44,14 +44,23 @@ OVERRIDDEN: dict[str, tuple[float, ...]] = {
     # parts of the length
     "window": (1 / 8, 1 / 4, 1 / 2),
 }
-RETRAINED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "ratio": ("ratio", (0.1, 0.15, 0.3)),
-    "index_dim": ("index_dim", (4, 16, 32)),
-    "rotary": ("index_rotary_dim", (0, 4, 8, 16)),
-    "sharing": ("index_key_sharing", ("head", "kv_head")),
-    "init": ("initialisation", ("svd", "random")),
+SELECTED: dict[str, tuple[str, ...]] = {"selector": ("topk:equal", "quest:equal", "oracle", "int8")}
+RETRAINED: dict[str, dict[str, dict[str, Any]]] = {
+    "ratio": {f"{ratio}": {"ratio": ratio} for ratio in (0.1, 0.15, 0.3)},
+    # as many rotated dimensions as the default has, in proportion
+    "index_dim": {f"{dim}": {"index_dim": dim} for dim in (4, 16, 32)},
+    "rotary": {f"{dim}": {"index_rotary_dim": dim} for dim in (0, 4, 8, 16)},
+    # plain and rotated dimensions
+    "split": {
+        f"{plain}+{rotated}": {"index_dim": plain + rotated, "index_rotary_dim": rotated}
+        for plain, rotated in ((16, 0), (12, 4), (8, 8), (24, 8), (16, 16))
+    },
+    "sharing": {sharing: {"index_key_sharing": sharing} for sharing in ("head", "kv_head")},
+    "init": {method: {"initialisation": method} for method in ("svd", "random")},
+    "learning_rate": {f"{rate:g}": {"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)},
+    "steps": {f"{steps}": {"steps": steps} for steps in (100, 300, 600)},
 }
-ABLATIONS = (*RETRAINED, *OVERRIDDEN)
+ABLATIONS = (*RETRAINED, *OVERRIDDEN, *SELECTED)
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,24 @@ def setups(names: Sequence[str], settings: Preset) -> list[Setup]:
         for value in OVERRIDDEN.get(name, ()):
             shown = int(value * settings.context) if name == "window" else value
             default.append(replace(parse_variant(f"sparse:{name}={shown}"), name=f"{name}={shown}"))
-        field, values = RETRAINED.get(name, ("", ()))
-        for value in values:
-            variant = replace(sparse, name=f"{name}={value}")
-            if value == getattr(settings, field):
+        default += [parse_variant(selector) for selector in SELECTED.get(name, ())]
+        for shown, fields in RETRAINED.get(name, {}).items():
+            changed = _changed(settings, fields)
+            variant = replace(sparse, name=f"{name}={shown}")
+            if changed == settings:
                 default.append(variant)
             else:
-                further.append(Setup(replace(settings, **{field: value}), (variant,)))
+                further.append(Setup(changed, (variant,)))
     return [Setup(settings, tuple(default)), *further]
+
+
+def _changed(settings: Preset, fields: dict[str, Any]) -> Preset:
+    """The settings with other fields; a new number of dimensions keeps the rotated part of them."""
+    if fields.keys() == {"index_dim"}:
+        rotated = fields["index_dim"] * settings.index_rotary_dim / settings.index_dim
+        least = min(settings.index_rotary_dim, 2)
+        fields = {**fields, "index_rotary_dim": max(2 * round(rotated / 2), least)}
+    return replace(settings, **fields)
 
 
 class _Trainer:

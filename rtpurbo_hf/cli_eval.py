@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     example = "Example: rtpurbo eval build/demo/adapter --suite ppl,sparsity --lengths 4096 -o out/"
     app.command("eval", epilog=example)(evaluate)
+    app.command("corpus", epilog="Example: rtpurbo corpus --chars 80000 -o build/texts")(corpus)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -51,7 +52,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Variants in all suites but ruler. Other selectors than the index cannot generate, only be emulated: "
-            "topk:256, topk:equal, oracle, oracle:0.95, quest:0.9, quest:256, quest:equal."
+            "topk:256, topk:equal, oracle, oracle:0.95, quest:0.9, quest:256, quest:equal, int8."
         ),
     ] = None,
     compare: Annotated[
@@ -61,8 +62,9 @@ def evaluate(
     ablate: Annotated[
         str | None,
         typer.Option(
-            help="Adapt a base model with one setting changed at a time, by comma: ratio, index_dim, rotary, sharing, "
-            "init (trained anew), p, floor, block, window. Trains at the longest of --lengths."
+            help="Adapt a base model with one setting changed at a time, by comma: ratio, index_dim, rotary, split, "
+            "sharing, init, learning_rate, steps (trained anew), p, floor, block, window, selector. Trains at the "
+            "longest of --lengths."
         ),
     ] = None,
     preset: Annotated[str, typer.Option(help="With --ablate, settings to start from: default, paper or demo.")] = (
@@ -74,6 +76,14 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(help="With --ablate, stage-1 steps of each setting.")] = None,
     train_blocks: Annotated[int | None, typer.Option(help="With --ablate, blocks in the training set.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="With --ablate, stage-1 learning rate.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="With --ablate, part of the query heads that retrieve.")] = None,
+    index_dim: Annotated[int | None, typer.Option(help="With --ablate, index dimensions.")] = None,
+    index_rotary_dim: Annotated[int | None, typer.Option(help="With --ablate, rotated ones of them.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="With --ablate, floor on the selected tokens.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model of an adapter: folder, GGUF or short name.", show_default="what it names"),
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of suite ruler, by comma.", show_default="all; qa with --qa-data")
     ] = None,
@@ -86,6 +96,10 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of samples and of the bootstrap; with --ablate of training too.")] = 0,
     split_seed: Annotated[int, typer.Option(help="Seed of the adaptation: its held-out documents are scored.")] = 0,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="No adaptation saw any of --data: score all of its documents.")
+    ] = False,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of the prompts that ruler answers together.")] = 131072,
     device: Device = "auto",
     dtype: Precision = None,
 ) -> None:
@@ -108,6 +122,7 @@ def evaluate(
         blocks=blocks,
         rows=rows,
         seed=seed,
+        batch_tokens=batch_tokens,
     )
     device = device_named(device)
     where: dict[str, Any] = {"data": data or "system", "device": device, "dtype": dtype_named(dtype, device)}
@@ -123,6 +138,10 @@ def evaluate(
             steps=steps,
             train_blocks=train_blocks,
             learning_rate=learning_rate,
+            ratio=ratio,
+            index_dim=index_dim,
+            index_rotary_dim=index_rotary_dim,
+            index_min_tokens=min_tokens,
         )
         outcome = run_ablation(checkpoint, output, plan, names=_words(ablate), settings=settings, **where)
     else:
@@ -135,9 +154,25 @@ def evaluate(
             variants=parse_variants(variants),
             emulated=parse_variants(emulated) if emulated else [],
             compare=compare,
+            base=base,
             qa_data=qa_data,
             split_seed=split_seed,
+            unseen=unseen,
             **where,
         )
     typer.echo(markdown(outcome.rows, outcome.meta))
     typer.echo("\n".join(f"wrote {path}" for path in outcome.files))
+
+
+def corpus(
+    output: Output,
+    chars: Annotated[int, typer.Option(help="Characters of a document, about; four make a token or more.")] = 100_000,
+    sources: Annotated[
+        str | None, typer.Option(help="By comma: bible, anarchism, jargon, python-topics, python.", show_default="all")
+    ] = None,
+) -> None:
+    """Write this machine's free texts as SOURCE.jsonl, for --data: each joined, and cut into documents of one size."""
+    from .corpus import write_corpus
+
+    for path, count in write_corpus(output, chars=chars, sources=_words(sources) if sources else None).items():
+        typer.echo(f"{path}: {count} documents")

@@ -182,9 +182,9 @@ def import_heads(
     from .auto import RTPurboConfig
     from .interop import load_heads
     from .modeling.families_rtpurbo import full_attention_layers, head_counts
-    from .sources import _resolve
+    from .sources import base_path
 
-    config = AutoConfig.from_pretrained(_resolve(base))
+    config = AutoConfig.from_pretrained(base_path(base))
     if not isinstance(config, RTPurboConfig):
         config = RTPurboConfig(base_config=config)
     layers = config.get_text_config(decoder=True).num_hidden_layers

@@ -26,10 +26,10 @@ class Preset:
     sliding_window: int = 8192
     num_sink_tokens: int = 4
     ratio: float | None = None
-    index_dim: int = 16
-    index_rotary_dim: int = 4
+    index_dim: int = 32
+    index_rotary_dim: int = 16
     index_top_p: float = 0.9
-    index_min_tokens: int = 128
+    index_min_tokens: int = 64
     index_block_size: int = 1
     index_key_sharing: str = "head"
     calibration_documents: int = 4
@@ -57,6 +57,7 @@ PRESETS = {
         DEFAULT,
         context=49152,
         ratio=0.15,
+        index_dim=16,
         index_rotary_dim=0,
         index_min_tokens=0,
         index_block_size=64,
@@ -70,6 +71,9 @@ PRESETS = {
         DEFAULT,
         context=4096,
         sliding_window=1024,
+        index_dim=16,
+        index_rotary_dim=4,
+        index_min_tokens=128,
         train_blocks=8,
         steps=200,
         warmup_steps=20,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["BaseModel", "SourceError", "cache_dir", "load_base"]
+__all__ = ["BaseModel", "SourceError", "base_path", "cache_dir", "load_base"]
 
 _RECORD = "rtpurbo_source.json"
 
@@ -163,8 +163,8 @@ def _from_gguf(gguf: Path) -> Path:
     return _publish(folder, build)
 
 
-def _resolve(name: str) -> str:
-    """Folder or Hub id that transformers loads for `name`."""
+def base_path(name: str) -> str:
+    """Folder or Hub id that transformers loads for a base model's name; see `load_base` for names and errors."""
     if name in WHEEL_WEIGHTS:
         return str(_from_wheel(name))
     path = Path(name).expanduser()
@@ -219,7 +219,7 @@ def load_base(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = os.fspath(name_or_path)
-    path = _resolve(name)
+    path = base_path(name)
     local = Path(path).is_dir()
     if revision is not None and local:
         raise ValueError(f"revision={revision!r} was given for {name!r}, which is not a Hub model; leave it out")

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from rtpurbo_hf.ablation import ablate, setups
 from rtpurbo_hf.auto import RTPurboForCausalLM
 from rtpurbo_hf.cli import app
+from rtpurbo_hf.corpus import write_corpus
 from rtpurbo_hf.evaluation.bootstrap import Bootstrap
 from rtpurbo_hf.evaluation.profile import SparsityProfile, oracle_tokens
 from rtpurbo_hf.evaluation.results import RecordStore
-from rtpurbo_hf.evaluation.run import evaluate
+from rtpurbo_hf.evaluation.run import evaluate, held_out_documents
 from rtpurbo_hf.evaluation.scoring import Arm, Record, emulate, generate_answers
 from rtpurbo_hf.evaluation.selectors import PAGE_SIZE, page_bounds
 from rtpurbo_hf.evaluation.suites import Plan
@@ -26,6 +27,7 @@ from rtpurbo_hf.evaluation.tasks import generate
 from rtpurbo_hf.evaluation.variants import parse_variant, parse_variants
 from rtpurbo_hf.presets import preset
 from rtpurbo_hf.training.corpora import python_sources
+from rtpurbo_hf.training.data import load_texts
 
 LENGTH, ROWS = 384, 24
 
@@ -116,6 +118,7 @@ def test_bootstrap_refuses_other_shapes():
         ("topk:0.5", "expected topk:tokens"),
         ("topk", "expected a number"),
         ("oracle:3", "expected oracle:a p below 1"),
+        ("int8:64", "int8 takes no budget"),
         ("quest:0", "expected quest:"),
         (" , ", "no variant was given"),
     ],
@@ -172,6 +175,19 @@ def test_top_k_selects_exactly_k(model, ids):
         assert (chosen.sum(-1) == 37).all()
     for _, chosen, *_ in watched(model, parse_variant("topk:equal"), ids, equal=12.4):
         assert (chosen.sum(-1) == 12).all()
+
+
+def test_eight_bit_keys_select_almost_the_same(model, ids):
+    chosen = {}
+    for name in ("sparse", "int8"):
+        watch = Watch()
+        variant = parse_variant(name)
+        with torch.inference_mode(), variant.applied(model):
+            selector = variant.build_selector(model)
+            model(ids[None], use_cache=False, decode_rows=ROWS, on_selection=watch, selector=selector)
+        chosen[name] = torch.cat([tile[1].flatten() for tile in watch.tiles])
+    both, either = (chosen["sparse"] & chosen["int8"]).sum(), (chosen["sparse"] | chosen["int8"]).sum()
+    assert 0.9 < both / either < 1, "rounded keys move a few choices, and only a few"
 
 
 def test_page_bounds_are_bounds_and_quest_takes_whole_pages(model, ids):
@@ -369,7 +385,7 @@ def test_against_the_dense_base(checkpoint, tmp_path):
     settings = {"sliding_window": 32, "base_model_name_or_path": str(tmp_path / "base")}
     model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[0], [1]], **settings)
     model.save_pretrained(tmp_path / "adapter", adapter_only=True)
-    small_tokenizer().save_pretrained(tmp_path / "adapter")
+    small_tokenizer().save_pretrained(tmp_path / "base")
     arguments = ["--compare", "base", "--suite", "ppl", "--lengths", "256", "--rows", "16", "--blocks", "2"]
     always = ["eval", str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--data", str(checkpoint / "texts")]
     done = CliRunner().invoke(app, [*always, "--device", "cpu", *arguments], catch_exceptions=False)
@@ -379,6 +395,40 @@ def test_against_the_dense_base(checkpoint, tmp_path):
     assert list(kl) == ["base", "dense", "streaming", "headwise", "sparse"]
     assert kl["base"] == kl["dense"] == 0 < kl["streaming"]
     assert found["meta"]["reference"] == "base"
+
+
+def test_texts_that_nothing_saw_are_scored_whole(checkpoint):
+    texts = str(checkpoint / "texts")
+    assert len(held_out_documents(texts, LENGTH)) < len(held_out_documents(texts, LENGTH, unseen=True)) == 40
+
+
+def test_an_adapter_on_a_base_that_moved(tmp_path):
+    base = tiny_base(vocab_size=len(small_tokenizer()), num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+    base.save_pretrained(tmp_path / "base")
+    model = RTPurboForCausalLM.from_base(
+        base, retrieval_heads=[[0], [1]], sliding_window=32, base_model_name_or_path="there/before"
+    )
+    model.save_pretrained(tmp_path / "adapter", adapter_only=True)
+    small_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "texts").mkdir()
+    for number, (_, text) in enumerate(item for item in python_sources() if len(item[1]) > 20_000):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text[:5000] if number < 30 else "", encoding="utf-8")
+    given = options(base=str(tmp_path / "base"), compare="base", data=str(tmp_path / "texts"), unseen=True)
+    found = evaluate(str(tmp_path / "adapter"), tmp_path / "out", small_plan(), **given)
+    kl = {row.variant: row.value for row in found.rows if row.task == "kl"}
+    assert kl["base"] == kl["dense"] == 0 < kl["sparse"]
+
+
+def test_corpus_files_are_data(tmp_path):
+    done = CliRunner().invoke(app, ["corpus", "-o", str(tmp_path), "--chars", "30000", "--sources", "python"])
+    assert done.exit_code == 0, done.output
+    documents = load_texts(str(tmp_path / "python.jsonl"))
+    assert f"{len(documents)} documents" in done.output
+    assert min(map(len, documents)) >= 29_900
+    with pytest.raises(ValueError, match="no source 'psalms'"):
+        write_corpus(tmp_path, chars=30_000, sources=("psalms",))
+    with pytest.raises(ValueError, match="at least 1000 characters"):
+        write_corpus(tmp_path, chars=10, sources=("python",))
 
 
 # ablations
@@ -396,6 +446,12 @@ def test_setups_train_only_what_differs():
         (32, "head", 1),
         (16, "kv_head", 1),
     ]
+    split = setups(("split", "selector"), preset("demo", context=1024, index_dim=16, index_rotary_dim=4))
+    assert [v.name for v in split[0].variants[3:]] == ["split=12+4", "topk:equal", "quest:equal", "oracle", "int8"]
+    shapes = [(s.settings.index_dim, s.settings.index_rotary_dim) for s in split[1:]]
+    assert shapes == [(16, 0), (16, 8), (32, 8), (32, 16)]
+    small = setups(("index_dim",), preset("demo", index_dim=16, index_rotary_dim=4))[1].settings
+    assert (small.index_dim, small.index_rotary_dim) == (4, 2)
     with pytest.raises(ValueError, match="no ablation speed"):
         setups(("speed",), preset("demo"))
 

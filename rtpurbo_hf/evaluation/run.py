@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from ..auto import RTPurboForCausalLM
 from ..benchmarks.harness import environment
-from ..sources import load_base
+from ..modeling.checkpoint_rtpurbo import INDEXER_FILE
+from ..modeling.configuration_rtpurbo import RTPurboConfig
+from ..sources import base_path, load_base
 from ..training.data import Document, documents_hash, load_texts, split_documents
 from .questions import QARecord, load_qa
 from .results import PARTIAL_FILE, RecordStore, ResultRow, write_results
@@ -50,17 +52,22 @@ class Outcome:
     files: list[Path]
 
 
-def held_out_documents(data: Any, length: int, *, split_seed: int = 0, limit: int = _HAYSTACK) -> list[Document]:
+def held_out_documents(
+    data: Any, length: int, *, split_seed: int = 0, limit: int = _HAYSTACK, unseen: bool = False
+) -> list[Document]:
     """Documents that an adaptation with seed `split_seed` on the same data neither trained nor calibrated on.
 
     Args:
         data: see `load_texts`. length: tokens that a document should fill.
         split_seed: seed of the adaptation. limit: at most so many documents.
+        unseen: no adaptation saw any of `data`: nothing needs to be held out.
 
     Raises:
         ValueError: no document is long enough, or none is held out.
     """
     documents = load_texts(data, min_chars=2 * length, seed=split_seed, limit=4000)
+    if unseen:
+        return documents[:limit]
     _, held_out = split_documents(documents, held_out=0.1, seed=split_seed)
     return held_out[:limit]
 
@@ -78,16 +85,21 @@ def fingerprint(checkpoint: str, config: PreTrainedConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load(checkpoint: str, device: str, dtype: torch.dtype) -> RTPurboForCausalLM:
-    return RTPurboForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+def _load(checkpoint: str, base: str | None, device: str, dtype: torch.dtype) -> RTPurboForCausalLM:
+    config = RTPurboConfig.from_pretrained(checkpoint)
+    if base is not None and (Path(checkpoint) / INDEXER_FILE).is_file():
+        config.base_model_name_or_path, config.base_model_revision = base, None
+    return RTPurboForCausalLM.from_pretrained(checkpoint, config=config, dtype=dtype).to(device).eval()
 
 
-def _base_arm(model: RTPurboForCausalLM, device: str, dtype: torch.dtype) -> Arm:
-    """The dense base model that a checkpoint names."""
-    name = model.config.base_model_name_or_path
+def _base_arm(model: RTPurboForCausalLM, base: str | None, device: str, dtype: torch.dtype) -> Arm:
+    """The dense base model that a checkpoint, or the caller, names."""
+    name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
+    if base is not None:
+        name, revision = base, None
     if not name:
-        raise ValueError("--compare base: the checkpoint does not name its base model; leave --compare out")
-    source = load_base(name, dtype=dtype, device=device, revision=model.config.base_model_revision)
+        raise ValueError("--compare base: the checkpoint does not name its base model; give --base")
+    source = load_base(name, dtype=dtype, device=device, revision=revision)
     return Arm(BASE, RTPurboForCausalLM.from_base(source.model), Variant(BASE, "dense"))
 
 
@@ -100,8 +112,10 @@ def evaluate(
     emulated: Sequence[Variant] = (),
     compare: str | None = None,
     data: Any = "system",
+    base: str | None = None,
     qa_data: str | Path | None = None,
     split_seed: int = 0,
+    unseen: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
@@ -115,27 +129,30 @@ def evaluate(
         variants: in all suites. emulated: further ones, in all suites but `ruler`.
         compare: `"base"` adds the dense base model, and measures against it; another checkpoint adds its variants,
             `NAME@OTHER`. None measures against the checkpoint's own dense mode.
-        data: held-out text is taken from it, see `held_out_documents`.
+        data, split_seed, unseen: where the text comes from, see `held_out_documents`.
+        base: the base model of adapters, in place of the one that they name, and its tokenizer; see
+            `load_base`.
         qa_data: file for task `qa`. device, dtype: of the models.
 
     Raises:
         ValueError: settings that do not fit together, too little text, or `output` holds results of other settings.
     """
     output = Path(output)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = _load(checkpoint, device, dtype)
+    base = None if base is None else base_path(base)
+    tokenizer = AutoTokenizer.from_pretrained(base or checkpoint)
+    model = _load(checkpoint, base, device, dtype)
     plan = dataclasses.replace(plan, gap=model.config.sliding_window)
-    documents = held_out_documents(data, max(plan.lengths), split_seed=split_seed)
+    documents = held_out_documents(data, max(plan.lengths), split_seed=split_seed, unseen=unseen)
     questions: list[QARecord] | None = None if qa_data is None else load_qa(qa_data)
     arms = [Arm(variant.name, model, variant) for variant in (*variants, *emulated)]
     reference = next((arm for arm in arms if arm.name == "dense"), Arm("dense", model, parse_variant("dense")))
     prints = [fingerprint(checkpoint, model.config)]
     without_ruler = [variant.name for variant in emulated]
     if compare == BASE:
-        reference = _base_arm(model, device, dtype)
+        reference = _base_arm(model, base, device, dtype)
         arms.insert(0, reference)
     elif compare is not None:
-        other = _load(compare, device, dtype)
+        other = _load(compare, base, device, dtype)
         if other.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
             raise ValueError(f"--compare {compare}: another vocabulary, tokens cannot be compared")
         name = Path(compare).name
@@ -173,6 +190,7 @@ def evaluate(
         "reference": reference.name,
         "data": data if isinstance(data, str) else [Path(str(name)).name for name in data],
         "split_seed": split_seed,
+        "unseen": unseen,
         "plan": dataclasses.asdict(plan),
         "variants": [arm.name for arm in arms],
         "model": {field: getattr(model.config, field) for field in DESCRIBED},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.append import quantize_index
 from ..kernels.indexed import SelectionTile, Selector
 from ..kernels.top_p import index_scores_reference, top_p_set_reference
 
@@ -18,6 +19,19 @@ def top_k(tokens: int, *, block_size: int = 1) -> Selector:
         scores = index_scores_reference(tile.index_query, tile.index_key)
         return top_p_set_reference(
             scores, tile.valid, top_p=_ALMOST_NOTHING, min_tokens=tokens, block_size=block_size, start=tile.start
+        )
+
+    return select
+
+
+def rounded_index(*, top_p: float, min_tokens: int, block_size: int) -> Selector:
+    """The index itself, its keys rounded to 8 bits a token as an 8-bit index store holds them."""
+
+    def select(tile: SelectionTile) -> torch.Tensor:
+        whole, scale = quantize_index(tile.index_key, torch.float32)
+        scores = index_scores_reference(tile.index_query, whole.float() * scale[..., None])
+        return top_p_set_reference(
+            scores, tile.valid, top_p=top_p, min_tokens=min_tokens, block_size=block_size, start=tile.start
         )
 
     return select

@@ -50,7 +50,7 @@ SPARSITY_FIGURES = (
     "memory_sparsity",
 )
 _FULL_SIZE = 4096
-_BATCH_TOKENS = 131_072
+BATCH_TOKENS = 131_072
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Plan:
         samples: prompts of each task, and passkey documents. blocks: text blocks.
         rows: scored rows of a text block. seed: of samples and resampling.
         gap: every passkey fact lies at least so far back.
+        batch_tokens: prompts of `ruler` are answered together up to so many tokens.
 
     Raises:
         ValueError: unknown suites or tasks, or numbers out of range.
@@ -76,6 +77,7 @@ class Plan:
     rows: int = 512
     seed: int = 0
     gap: int = 0
+    batch_tokens: int = BATCH_TOKENS
 
     def __post_init__(self) -> None:
         for what, names, known in (("suite", self.suites, SUITES), ("task", self.tasks, tuple(TASKS))):
@@ -84,7 +86,7 @@ class Plan:
                 raise ValueError(f"no {what} {', '.join(unknown) or 'was given'}; there are {', '.join(known)}")
         if not self.lengths or min(self.lengths) < 64:
             raise ValueError(f"lengths must be at least 64 tokens each, got {list(self.lengths)}")
-        for name in ("samples", "blocks"):
+        for name in ("samples", "blocks", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rows < 2:
@@ -151,7 +153,7 @@ class Evaluation:
             )
         if "qa" in plan.tasks and not qa_data and "ruler" in plan.suites:
             raise ValueError("task qa needs --qa-data: a SQuAD .json file, or .jsonl of question, answers and context")
-        self._sparse = {id(arm.model): arm for arm in self.arms if arm.variant.name == "sparse"}
+        self._sparse = {id(arm.model): arm for arm in self.arms if arm.variant.is_checkpoint}
         for arm in self.arms:
             if arm.variant.needs_equal and id(arm.model) not in self._sparse:
                 raise ValueError(f"{arm.name} takes its budget from the variant 'sparse': list that too")
@@ -246,7 +248,7 @@ class Evaluation:
 
     def _ruler(self, length: int, task: str, bar) -> None:
         plan = self.plan
-        batch = max(_BATCH_TOKENS // length, 1)
+        batch = max(plan.batch_tokens // length, 1)
         for first in range(0, plan.samples, batch):
             numbers = range(first, min(first + batch, plan.samples))
             wanted = {n: self._missing("ruler", task, length, n, self._generating, bar) for n in numbers}

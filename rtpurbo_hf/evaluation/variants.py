@@ -5,6 +5,7 @@
     topk:256, topk:equal                           fixed top-k of the index scores
     oracle, oracle:0.95                            top-p of the true scores
     quest:0.9, quest:256, quest:equal              bounds on pages of 16 keys: by mass, or by tokens
+    int8                                           as sparse, with index keys rounded to 8 bits
 
 `equal` is the mean number of tokens that `sparse` selects on the same sample.
 """
@@ -21,7 +22,7 @@ from . import selectors
 
 EQUAL = "equal"
 MODES = ("dense", "streaming", "headwise", "sparse")
-SELECTORS = ("topk", "oracle", "quest")
+SELECTORS = ("topk", "oracle", "quest", "int8")
 SETTINGS: dict[str, tuple[str, type]] = {
     "p": ("index_top_p", float),
     "floor": ("index_min_tokens", int),
@@ -40,7 +41,7 @@ class Variant:
         name: as written by the user.
         mode: attention mode of the model.
         overrides: fields of the config, and the values they take meanwhile.
-        selector: `"topk"`, `"oracle"`, `"quest"`, or None for the index.
+        selector: `"topk"`, `"oracle"`, `"quest"`, `"int8"`, or None for the index.
         budget: the selector's tokens (int), mass (float), `"equal"`, or None for the config's own p.
     """
 
@@ -54,6 +55,11 @@ class Variant:
     def generates(self) -> bool:
         """Whether it runs in `model.generate`: other selectors exist in decode emulation only."""
         return self.selector is None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the checkpoint selects as it is."""
+        return self.mode == "sparse" and self.selector is None and not self.overrides
 
     @property
     def needs_equal(self) -> bool:
@@ -70,6 +76,11 @@ class Variant:
             return selectors.top_k(int(budget or 1), block_size=model.config.index_block_size)
         if self.selector == "oracle":
             return selectors.oracle(float(model.config.index_top_p if budget is None else budget))
+        if self.selector == "int8":
+            config = model.config
+            return selectors.rounded_index(
+                top_p=config.index_top_p, min_tokens=config.index_min_tokens, block_size=config.index_block_size
+            )
         if self.selector == "quest":
             if isinstance(budget, float):
                 return selectors.quest(top_p=budget)
@@ -115,8 +126,10 @@ def _overrides(name: str, mode: str, text: str) -> tuple[tuple[str, int | float]
 
 
 def _budget(name: str, kind: str, text: str) -> int | float | str | None:
-    if not text and kind == "oracle":
+    if not text and kind in ("oracle", "int8"):
         return None
+    if kind == "int8":
+        raise ValueError(f"variant {name!r}: int8 takes no budget, it has the checkpoint's own")
     if text == EQUAL and kind != "oracle":
         return EQUAL
     number = _number(text, float, f"variant {name!r}")
