@@ -17,6 +17,7 @@ from .training.checkpoints import last_checkpoint
 from .training.data import NeedleMixer, TokenBlocks, load_texts, pack_documents
 from .training.distillation import SelfDistillationTrainer
 from .training.distillation_arguments import SelfDistillationArguments
+from .training.stage_trainer import leave_process_group
 from .training.teacher_cache import LABEL_ROWS, TOP_K, TeacherCache, cache_teacher, label_rows
 
 if TYPE_CHECKING:
@@ -75,6 +76,12 @@ def distillation_blocks(
 def autocast_dtype(device: str | torch.device) -> torch.dtype | None:
     """What fp32 weights compute in: bf16 on a GPU, their own on a CPU."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else None
+
+
+def own_device(device: str) -> str:
+    """`device` of this process: under torchrun each one has a GPU of its own."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
 
 
 def train_stage2(
@@ -145,14 +152,19 @@ def save_distilled(
 ) -> RTPurboForCausalLM:
     """Save what stage 2 made: all weights in `dtype` (a LoRA merged), and on request the LoRA alone in `lora`.
 
+    Every process calls it; the first one writes.
+
     Returns:
-        The model, its backbone in `dtype` and in eval mode.
+        The model, its backbone in `dtype` and in eval mode; in other processes than the first it may be sharded.
     """
     target = Path(folder)
     temporary = target.with_name(f".{target.name}.tmp")
+    whole = trainer.whole_weights()
+    if not trainer.is_world_process_zero():
+        return trainer.model
     if lora is not None:
-        trainer.save_lora(lora)
-    model = trainer.trained_model()
+        trainer.save_lora(lora, state_dict=whole)
+    model = trainer.trained_model(whole)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".indexer." not in name:
@@ -205,7 +217,8 @@ def distill(
     if target.exists():
         raise ValueError(f"{target} exists: choose another --output, or remove it")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=settings.training_dtype(dtype)).to(device)
+    model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=settings.training_dtype(dtype))
+    model = model.to(own_device(device))
     chosen = distillation_blocks(data, tokenizer, context=context, limit=blocks, needle_share=needle_share, seed=seed)
     record = {"checkpoint": str(checkpoint), "settings": dataclasses.asdict(settings), "context": context}
     record |= {"blocks": blocks, "needle_share": needle_share, "seed": seed, "data": str(data), "device": device}
@@ -214,7 +227,7 @@ def distill(
     trainer = train_stage2(
         model, chosen, output, tokenizer=tokenizer, settings=settings, teacher=teacher, seed=seed, report_to=report_to
     )
-    if trainer.is_world_process_zero():
-        lora = Path(output) / "lora" if settings.lora_rank else None
-        save_distilled(trainer, target, tokenizer=tokenizer, dtype=dtype, lora=lora)
+    lora = Path(output) / "lora" if settings.lora_rank else None
+    save_distilled(trainer, target, tokenizer=tokenizer, dtype=dtype, lora=lora)
+    leave_process_group()
     return target

@@ -24,6 +24,7 @@ from rtpurbo_hf.training.distillation import (
     distillation_kl,
 )
 from rtpurbo_hf.training.indexer_init import initialise_indexers
+from rtpurbo_hf.training.stage_trainer import leave_process_group
 
 LENGTH, WINDOW, SINKS = 64, 9, 3
 HEADS = [[0, 3], [], [1], [0, 1, 2, 3]]
@@ -386,9 +387,7 @@ def _worker(folder):
     trainer.train()
     found = {"weights": weights(model), "losses": losses(trainer)}
     torch.save(found, Path(folder) / f"{args.process_index}.pt")
-    torch.distributed.barrier()
-    # all is saved; gloo's teardown, when both ends close at once, was seen to hang
-    os._exit(0)
+    leave_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
