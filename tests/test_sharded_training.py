@@ -1,6 +1,7 @@
 """Two processes over gloo: FSDP2 in both stages, and the rows of a document shared in stage 1, against one process."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -65,6 +66,29 @@ def stage2(folder, *, processes, resume=None, **options):
     return found
 
 
+def _killed(folder):
+    """The first process dies while it writes the weights of step 4."""
+    import transformers.modeling_utils as place
+
+    good = place.safe_save_file
+
+    def save(tensors, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"torn")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return good(tensors, path, *args, **kwargs)
+
+    place.safe_save_file = save
+    stage2(Path(folder) / "killed", processes=2, **FSDP)
+
+
+def _goes_on(folder):
+    found = stage2(Path(folder) / "killed", processes=2, resume=True, **FSDP)
+    if "weights" in found:
+        torch.save(found["weights"], Path(folder) / "goes-on.pt")
+    leave_process_group()
+
+
 def _worker(folder):
     folder, found = Path(folder), {}
     run = {
@@ -88,27 +112,33 @@ def _worker(folder):
     leave_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each process found, by case; and their folder."""
-    folder = tmp_path_factory.mktemp("sharded")
+def start(what, folder):
+    """Two processes that do `what` in `folder`; their exit codes, and the ends of their logs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    logs, running = [folder / f"log-{rank}.txt" for rank in range(2)], []
+    logs, running = [folder / f"{what}-{rank}.txt" for rank in range(2)], []
     for rank, log in enumerate(logs):
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         # files, not pipes: a full pipe of one process would stop both
         with log.open("w") as stream:
-            command = [sys.executable, __file__, str(folder)]
+            command = [sys.executable, __file__, what, str(folder)]
             running.append(subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=400) for process in running]
+        codes = [process.wait(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()
-    assert codes == [0, 0], "".join(log.read_text()[-5000:] for log in logs)
+    return codes, "".join(log.read_text()[-5000:] for log in logs)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each process found, by case; and their folder."""
+    folder = tmp_path_factory.mktemp("sharded")
+    codes, log = start("work", folder)
+    assert codes == [0, 0], log
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -158,5 +188,17 @@ def test_resume_with_sharded_weights_is_bit_equal(ranks, name):
     assert last_checkpoint(folder / name).name == "checkpoint-4"
 
 
+def test_kill_in_the_middle_of_a_save_of_sharded_weights(tmp_path, ranks):
+    codes, log = start("kill", tmp_path)
+    # the other one finds its peer gone
+    assert codes[0] == -signal.SIGKILL, log
+    assert codes[1] != 0
+    assert (tmp_path / "killed" / "checkpoint-4").exists()
+    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-2"
+    codes, log = start("go-on", tmp_path)
+    assert codes == [0, 0], log
+    two.assert_equal(torch.load(tmp_path / "goes-on.pt", weights_only=True), ranks[1][0]["full"]["weights"])
+
+
 if __name__ == "__main__":
-    _worker(sys.argv[1])
+    {"work": _worker, "kill": _killed, "go-on": _goes_on}[sys.argv[1]](sys.argv[2])
