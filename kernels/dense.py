@@ -259,7 +259,7 @@ def dense_attention(
         backend: `"auto"` (see `choose_path`), `"triton"` (the sink + window kernel) or `"reference"`.
 
     Differentiable wherever a gradient is asked for: through `scaled_dot_product_attention` for whole, unpadded,
-    plain sequences, else through the reference. K and V are never copied.
+    plain sequences, else as `sink_window_attention` with a window over everything. K and V are never copied.
 
     Returns:
         `out`.
@@ -304,6 +304,11 @@ def dense_attention(
 
         _attend_groups(query, key, value, tuple(_host_list(heads)), tuple(_host_list(kv_heads)), out, attend)
         return out
+    if grad and backend != "reference":
+        return sink_window_attention(
+            query, key, value, heads=heads, kv_heads=kv_heads, window=end, num_sinks=0, scale=scale, out=out,
+            q_start=q_start, start=start, softcap=softcap, sink_logits=sink_logits, backend=backend,
+        )  # fmt: skip
     if not isinstance(heads, torch.Tensor):
         heads = index_tensor(tuple(heads), query.device)
         kv_heads = index_tensor(tuple(kv_heads), query.device)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -34,6 +35,7 @@ from .common import (
 from .custom_op import define_op, needs_grad
 from .sink_window_hopper import hopper_fits, run_hopper, tma_ready
 from .sink_window_sdpa import sink_window_attention_sdpa
+from .window_gradient import gradient_kernels_fit, window_attention_with_gradient
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -532,8 +534,8 @@ def sink_window_attention(
         softcap: scores become `softcap * tanh(score / softcap)`. sink_logits: `[Hq]`, learned sinks.
         backend: `"auto"` (Triton for half precision on CUDA), `"triton"` or `"reference"`.
 
-    The Triton kernel is forward only: where a gradient is asked for, and on CPUs, tiles of
-    `scaled_dot_product_attention` run, or the reference where a soft-cap or learned sinks ask for it.
+    Differentiable in memory linear in the length: whole sequences through `window_gradient.py` where Triton serves and
+    for a soft-cap or learned sinks, all else in tiles of `scaled_dot_product_attention`, as on CPUs.
 
     Returns:
         `out`.
@@ -550,8 +552,18 @@ def sink_window_attention(
         raise ValueError(f"keys from slot {kv_start} on do not hold the sinks: give sink_key and sink_value")
     if sink_key is not None and sink_key.shape[2] > num_sinks:
         raise ValueError(f"sink_key holds {sink_key.shape[2]} tokens, more than num_sinks={num_sinks}")
-    triton_fits = query.shape[3] <= 256 and not needs_grad(query, key, value, sink_key, sink_value, sink_logits, out)
-    if use_triton(backend, query) and triton_fits:
+    grad = needs_grad(query, key, value, sink_key, sink_value, sink_logits, out)
+    on_triton = use_triton(backend, query)
+    fused = on_triton and gradient_kernels_fit(query, num_sinks)
+    whole = q_start == kv_start == 0 and key.shape[2] == query.shape[2] and sink_key is None
+    special = softcap is not None or sink_logits is not None
+    if grad and whole and (fused or (special and backend == "auto")):
+        return window_attention_with_gradient(
+            query, key, value, heads=heads, kv_heads=kv_heads, window=window, num_sinks=num_sinks, scale=scale, out=out,
+            start=start, softcap=softcap, sink_logits=sink_logits, fused=fused,
+            attend=partial(sink_window_attention, backend=backend),
+        )  # fmt: skip
+    if on_triton and query.shape[3] <= 256 and not grad:
         listed = isinstance(heads, torch.Tensor)
         _sink_window_op(
             query,
@@ -574,7 +586,7 @@ def sink_window_attention(
             sink_logits,
         )
         return out
-    if backend == "auto" and softcap is None and sink_logits is None:
+    if backend == "auto" and not special:
         if sink_key is None or sink_value is None:
             sink_key, sink_value = gather_sinks(key, value, num_sinks=num_sinks, start=start)
         return sink_window_attention_sdpa(

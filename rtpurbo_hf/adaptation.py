@@ -18,7 +18,7 @@ import torch
 
 from .auto import RTPurboForCausalLM
 from .benchmarks.harness import environment
-from .distill import Stage2, save_distilled, train_stage2
+from .distill import Stage2, own_device, save_distilled, train_stage2
 from .evaluation.fidelity import Fidelity, compare_modes
 from .presets import Preset
 from .recipe_data import AdaptationData, adaptation_data, part_of
@@ -26,17 +26,18 @@ from .report import write_report
 from .runs import claim
 from .sources import BaseModel, load_base
 from .training.calibration import Calibration, calibrate
-from .training.checkpoints import last_checkpoint, remove_incomplete
+from .training.checkpoints import last_checkpoint
 from .training.data import EVALUATION_KEYS, NeedleMixer
 from .training.indexer_arguments import IndexerTrainingArguments
 from .training.indexer_init import initialise_indexers
 from .training.indexer_trainer import IndexerTrainer
 from .training.needles import NeedleBlock
 from .training.plots import plot_heads, plot_losses
+from .training.stage_trainer import leave_process_group
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION_FILE = "calibration.json"
+CALIBRATION_FILE, ADAPTER = "calibration.json", "adapter"
 _GENERATED = 16
 _CLEAN_PROCESS = """
 import json, sys, torch, transformers
@@ -245,23 +246,29 @@ def train_adapter(
 ) -> tuple[Path, dict[str, float]]:
     """Stage 1 alone, on given retrieval heads: the adapter's folder, and figures on held-out text.
 
-    Arguments and errors as in `adapt`; `heads` is a calibration, or a list of query heads for each layer.
+    Arguments and errors as in `adapt`; `heads` is a calibration, or a list of query heads for each layer. Under
+    torchrun each process trains on documents of its own, and the first one saves.
     """
     output = Path(output)
-    source = load_base(base, dtype=dtype, device=device)
+    source = load_base(base, dtype=dtype, device=own_device(device))
     model = wrap(source, settings)
     blocks = adaptation_data(data, source.tokenizer, settings, seed)
-    claim(output, _record(source, settings, seed, data))
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        claim(output, _record(source, settings, seed, data))
     chosen = [list(h) for h in heads.retrieval_heads] if isinstance(heads, Calibration) else heads
     _initialise(model, chosen, blocks, settings, seed)
     trainer = _stage1(output, model, blocks, settings, seed, report_to)
     metrics = trainer.evaluate()
-    plot_losses(trainer.state.log_history, output / "losses.png")
-    return _save(output, model, source, heads if isinstance(heads, Calibration) else None), metrics
+    if first:
+        plot_losses(trainer.state.log_history, output / "losses.png")
+        _save(output, model, source, heads if isinstance(heads, Calibration) else None)
+    leave_process_group()
+    return output / ADAPTER, metrics
 
 
 def _save(output: Path, model: RTPurboForCausalLM, source: BaseModel, calibration: Calibration | None) -> Path:
-    adapter = output / "adapter"
+    adapter = output / ADAPTER
     model.eval()
     model.save_pretrained(adapter, adapter_only=True)
     source.tokenizer.save_pretrained(adapter)
@@ -304,7 +311,6 @@ def _stage1(output: Path, model, blocks: AdaptationData, settings: Preset, seed:
     )
     held_out = part_of(blocks.held_out, 0, 2)
     trainer = IndexerTrainer(model=model, args=arguments, train_dataset=blocks.train, eval_dataset=held_out)
-    remove_incomplete(output / "trainer")
     done = last_checkpoint(output / "trainer")
     trainer.train(resume_from_checkpoint=None if done is None else str(done))
     return trainer

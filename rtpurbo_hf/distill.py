@@ -17,6 +17,7 @@ from .training.checkpoints import last_checkpoint
 from .training.data import NeedleMixer, TokenBlocks, load_texts, pack_documents
 from .training.distillation import SelfDistillationTrainer
 from .training.distillation_arguments import SelfDistillationArguments
+from .training.stage_trainer import leave_process_group
 from .training.teacher_cache import LABEL_ROWS, TOP_K, TeacherCache, cache_teacher, label_rows
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Stage2:
         accumulation: blocks of a step, on each GPU.
         lora_rank: rank of a LoRA on the attention projections; 0: full fine-tuning.
         label_rows: labelled rows of a block of plain text.
+        gradient_checkpointing: take activations again in the backward instead of keeping them, which costs about half
+            of the speed; None: where `activation_bytes` is more than a third of a GPU's free memory, and on CPUs.
     """
 
     steps: int = 600
@@ -40,6 +43,7 @@ class Stage2:
     accumulation: int = 8
     lora_rank: int = 0
     label_rows: int = LABEL_ROWS
+    gradient_checkpointing: bool | None = None
 
     @property
     def rate(self) -> float:
@@ -75,6 +79,37 @@ def distillation_blocks(
 def autocast_dtype(device: str | torch.device) -> torch.dtype | None:
     """What fp32 weights compute in: bf16 on a GPU, their own on a CPU."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else None
+
+
+def activation_bytes(model: RTPurboForCausalLM, length: int, rows: int) -> int:
+    """About what the backward of a block keeps without checkpointing (measured: 8 GiB for SmolLM2-135M at 8K).
+
+    Args:
+        model: the student. length: tokens of a block. rows: its label rows.
+    """
+    config = model.config.get_text_config(decoder=True)
+    half = autocast_dtype(model.device) is not None or model.dtype.itemsize == 2
+    intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = 16 * config.hidden_size + 5 * intermediate
+    # of label rows, fp32: scores, weights, and what their gradients need
+    selected = sum(map(len, model.config.retrieval_heads or [])) * rows * length * 4 * 6
+    return length * config.num_hidden_layers * width * (2 if half else 4) + selected
+
+
+def _checkpoints(model: RTPurboForCausalLM, settings: Stage2, length: int, rows: int) -> bool:
+    if settings.gradient_checkpointing is not None:
+        return settings.gradient_checkpointing
+    if not family_of(model.config.base_config).forwards_kwargs:
+        return False
+    if model.device.type != "cuda":
+        return True
+    return activation_bytes(model, length, rows) > torch.cuda.mem_get_info(model.device)[0] / 3
+
+
+def own_device(device: str) -> str:
+    """`device` of this process: under torchrun each one has a GPU of its own."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
 
 
 def train_stage2(
@@ -116,7 +151,7 @@ def train_stage2(
         save_steps=max(settings.steps // 4, 1),
         save_total_limit=1,
         lora_rank=settings.lora_rank,
-        gradient_checkpointing=family_of(model.config.base_config).forwards_kwargs,
+        gradient_checkpointing=_checkpoints(model, settings, blocks.input_ids.shape[1], rows.shape[1]),
         bf16=half is not None,
         seed=seed,
         report_to=report_to,
@@ -145,14 +180,19 @@ def save_distilled(
 ) -> RTPurboForCausalLM:
     """Save what stage 2 made: all weights in `dtype` (a LoRA merged), and on request the LoRA alone in `lora`.
 
+    Every process calls it; the first one writes.
+
     Returns:
-        The model, its backbone in `dtype` and in eval mode.
+        The model, its backbone in `dtype` and in eval mode; in other processes than the first it may be sharded.
     """
     target = Path(folder)
     temporary = target.with_name(f".{target.name}.tmp")
+    whole = trainer.whole_weights()
+    if not trainer.is_world_process_zero():
+        return trainer.model
     if lora is not None:
-        trainer.save_lora(lora)
-    model = trainer.trained_model()
+        trainer.save_lora(lora, state_dict=whole)
+    model = trainer.trained_model(whole)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".indexer." not in name:
@@ -205,7 +245,8 @@ def distill(
     if target.exists():
         raise ValueError(f"{target} exists: choose another --output, or remove it")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=settings.training_dtype(dtype)).to(device)
+    model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=settings.training_dtype(dtype))
+    model = model.to(own_device(device))
     chosen = distillation_blocks(data, tokenizer, context=context, limit=blocks, needle_share=needle_share, seed=seed)
     record = {"checkpoint": str(checkpoint), "settings": dataclasses.asdict(settings), "context": context}
     record |= {"blocks": blocks, "needle_share": needle_share, "seed": seed, "data": str(data), "device": device}
@@ -214,7 +255,7 @@ def distill(
     trainer = train_stage2(
         model, chosen, output, tokenizer=tokenizer, settings=settings, teacher=teacher, seed=seed, report_to=report_to
     )
-    if trainer.is_world_process_zero():
-        lora = Path(output) / "lora" if settings.lora_rank else None
-        save_distilled(trainer, target, tokenizer=tokenizer, dtype=dtype, lora=lora)
+    lora = Path(output) / "lora" if settings.lora_rank else None
+    save_distilled(trainer, target, tokenizer=tokenizer, dtype=dtype, lora=lora)
+    leave_process_group()
     return target

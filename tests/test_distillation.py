@@ -6,13 +6,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import everything_retrieves, tiny_base
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import LlamaConfig, TrainerCallback
 
+from rtpurbo_hf import distill
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
 from rtpurbo_hf.training import distillation
 from rtpurbo_hf.training.checkpoints import last_checkpoint
@@ -24,6 +26,7 @@ from rtpurbo_hf.training.distillation import (
     distillation_kl,
 )
 from rtpurbo_hf.training.indexer_init import initialise_indexers
+from rtpurbo_hf.training.stage_trainer import leave_process_group
 
 LENGTH, WINDOW, SINKS = 64, 9, 3
 HEADS = [[0, 3], [], [1], [0, 1, 2, 3]]
@@ -370,6 +373,29 @@ def test_bad_input(tmp_path, caplog):
     assert "lost in rounding" in caplog.text
 
 
+def test_checkpointing_is_decided_by_what_fits(monkeypatch):
+    """SmolLM2-135M's shape at 8K: 10.6 GiB of activations and label rows at most, 8 GiB measured on an H100."""
+    base = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30)
+    config = SimpleNamespace(
+        get_text_config=lambda decoder: base, retrieval_heads=[[0]] * 40, base_config=tiny_base("llama").config
+    )
+    model = SimpleNamespace(config=config, device=torch.device("cuda"), dtype=torch.float32)
+    size = distill.activation_bytes(model, 8192, 300)
+    assert 8 < size / 2**30 < 12
+    assert distill.activation_bytes(model, 65536, 300) == 8 * size
+    for free, asked, expected in ((40, None, False), (20, None, True), (20, False, False), (40, True, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 80 * 2**30))
+        settings = distill.Stage2(gradient_checkpointing=asked)
+        assert distill._checkpoints(model, settings, 8192, 300) == expected
+    assert distill._checkpoints(wrapped(), distill.Stage2(), 64, 8)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    assert distill.own_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [distill.own_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
+
+
 def test_defaults_are_the_papers(tmp_path):
     args = SelfDistillationArguments(output_dir=str(tmp_path), use_cpu=True)
     found = (args.learning_rate, args.weight_decay, args.max_grad_norm, args.max_steps, args.lr_scheduler_type.value)
@@ -386,9 +412,7 @@ def _worker(folder):
     trainer.train()
     found = {"weights": weights(model), "losses": losses(trainer)}
     torch.save(found, Path(folder) / f"{args.process_index}.pt")
-    torch.distributed.barrier()
-    # all is saved; gloo's teardown, when both ends close at once, was seen to hang
-    os._exit(0)
+    leave_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import pytest
 import torch
 from families import everything_retrieves, tiny_base
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from rtpurbo_hf.kernels.indexer_kl import indexer_kl, indexer_kl_reference
 from rtpurbo_hf.modeling.checkpoint_rtpurbo import INDEXER_FILE
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
 from rtpurbo_hf.training.activation_cache import ActivationCache
+from rtpurbo_hf.training.checkpoints import last_checkpoint
 from rtpurbo_hf.training.indexer_init import initialise_indexers
 from rtpurbo_hf.training.indexer_trainer import (
     IndexerTrainer,
@@ -24,7 +27,9 @@ from rtpurbo_hf.training.indexer_trainer import (
     plot_losses,
     train_indexer,
 )
+from rtpurbo_hf.training.plateau import HEAD_LOSS, reached_plateau
 from rtpurbo_hf.training.row_sampling import CACHE_STEP, Rows, RowSampler, token_span
+from rtpurbo_hf.training.stage_trainer import leave_process_group
 
 LENGTH = 96
 
@@ -242,6 +247,56 @@ def test_resume_is_bit_equal(tmp_path, cached):
     assert not any(torch.equal(expected[key], middle[key]) for key in expected)
 
 
+class _Interrupt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
+    whole = wrapped()
+    IndexerTrainer(whole, arguments(tmp_path / "a", save_steps=100), blocks()).train()
+    trainer = IndexerTrainer(wrapped(), arguments(tmp_path / "b", save_steps=100), blocks())
+    trainer.add_callback(_Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "b").name == "checkpoint-3"
+    resumed = wrapped()
+    trainer = IndexerTrainer(resumed, arguments(tmp_path / "b", save_steps=100), blocks())
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 8
+    expected = weights(whole)
+    assert all(torch.equal(expected[key], value) for key, value in weights(resumed).items())
+
+
+def test_plateau_is_relative_and_weighs_heads_alike():
+    def history(*values):
+        return [{HEAD_LOSS: value} for value in values] + [{"eval_kl": 1.0}]
+
+    assert not reached_plateau(history(0.0, -0.1), patience=2, threshold=0.01)
+    assert not reached_plateau(history(0.0, -0.1, -0.2, -0.3), patience=2, threshold=0.01)
+    assert reached_plateau(history(0.0, -0.3, -0.301, -0.305), patience=2, threshold=0.01)
+    # one log without a fall is no plateau yet
+    assert not reached_plateau(history(0.0, -0.3, -0.29, -0.35), patience=2, threshold=0.01)
+
+
+def test_a_plateau_stops_with_a_checkpoint(tmp_path):
+    """A learning rate of almost nothing changes almost nothing; with a real one the run goes on."""
+    steps = []
+    for name, rate in (("flat", 1e-9), ("falling", 0.02)):
+        options = {"rows_per_document": -1, "plateau_patience": 2, "plateau_threshold": 0.002, "save_steps": 100}
+        # every log shows the same documents
+        options |= {"gradient_accumulation_steps": 6, "max_steps": 9, "learning_rate": rate, "warmup_steps": 0}
+        trainer = IndexerTrainer(wrapped(), arguments(tmp_path / name, **options), blocks())
+        trainer.train()
+        steps.append(trainer.state.global_step)
+        assert last_checkpoint(tmp_path / name).name == f"checkpoint-{steps[-1]}"
+    assert steps == [3, 9]
+    lines = [json.loads(line) for line in (tmp_path / "flat" / "train_heads.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert len(lines[0]["kl"]) == 16
+
+
 def test_checkpoints_are_strict(tmp_path):
     model = wrapped()
     IndexerTrainer(model, arguments(tmp_path / "a", max_steps=2, save_steps=2), blocks()).train()
@@ -428,7 +483,7 @@ def test_bad_input(tmp_path):
         collate_documents([{"input_ids": torch.ones(2, 3)}])
     for name, value in (
         ("rows_per_document", 0), ("first_row", 1.0), ("activation_dtype", "int8"), ("cached_rows_per_document", 4),
-        ("needle_rows_per_document", -2), ("push_to_hub", True),
+        ("needle_rows_per_document", -2), ("plateau_patience", 0), ("plateau_threshold", 1.0), ("push_to_hub", True),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=name if name != "push_to_hub" else "push with"):
             arguments(tmp_path, **{name: value})
@@ -452,9 +507,7 @@ def _worker(folder):
         metrics = {k: v for k, v in trainer.evaluate().items() if "runtime" not in k and "per_second" not in k}
         found = {"weights": weights(model), "losses": losses(trainer), "metrics": metrics}
         torch.save(found, Path(folder) / f"{cached}-{args.process_index}.pt")
-    torch.distributed.barrier()
-    # all is saved; gloo's teardown, when both ends close at once, was seen to hang about once in five runs
-    os._exit(0)
+    leave_process_group()
 
 
 if __name__ == "__main__":

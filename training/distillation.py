@@ -6,29 +6,27 @@ prompt rows run as prefill, label rows as decode steps. Data items are those of 
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import logging
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
 
 from ..modeling.families_rtpurbo import attention_modules
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
-from .checkpoints import STATE_FILE, checkpoint_step, last_checkpoint, remove_incomplete
 from .distillation_arguments import SelfDistillationArguments
+from .stage_trainer import StageTrainer
 
 __all__ = ["SelfDistillationArguments", "SelfDistillationTrainer", "collate_labelled", "distillation_kl"]
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
 _ITEM = ("input_ids", "label_rows", "teacher_ids", "teacher_logits", "block")
 # a 16-bit weight does not move by less than about a 500th of itself
 _SMALL_STEP = 1e-5
@@ -66,23 +64,7 @@ def distillation_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
     return (log_teacher.exp() * (log_teacher - student.float().log_softmax(-1))).sum(-1)
 
 
-class _StopOnInterrupt(TrainerCallback):
-    """Ends training after the step in which the first ctrl-C came, with a checkpoint; all processes together."""
-
-    def __init__(self, trainer: SelfDistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        if args.world_size > 1:
-            asked = torch.tensor(float(trainer.interrupted), device=args.device)
-            trainer.interrupted = bool(cast(torch.Tensor, trainer.accelerator.reduce(asked)) > 0)
-        if trainer.interrupted:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-class SelfDistillationTrainer(Trainer):
+class SelfDistillationTrainer(StageTrainer):
     """Trainer of the backbone of an `RTPurboForCausalLM`, whole or through a LoRA; the indexers are frozen.
 
     Full fine-tuning wants fp32 weights (with `bf16=True` for the arithmetic): steps of 3e-6 vanish in 16-bit ones.
@@ -116,7 +98,6 @@ class SelfDistillationTrainer(Trainer):
             raise ValueError(
                 "the model has no retrieval heads: run stage 1 first (rtpurbo adapt, rtpurbo train-indexer)"
             )
-        self.interrupted = False
         self._lora: Any = None
         if args.lora_rank:
             self._lora = _with_lora(model, args)
@@ -130,17 +111,10 @@ class SelfDistillationTrainer(Trainer):
                 )  # fmt: skip
         for indexer in model.indexers().values():
             indexer.requires_grad_(False)
-        if args.n_gpu > 1:
-            logger.info("training on one of %d GPUs; start with torchrun to use them all", args.n_gpu)
-            args._n_gpu = 1
-        use_cache = model.config.use_cache
         kwargs.setdefault("data_collator", collate_labelled)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        # the Trainer writes its own preference into the config, which is saved with the model
-        model.config.use_cache = use_cache
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # the loss is divided by the label rows of all accumulated batches
-        self.can_return_loss, self.label_names, self.model_accepts_loss_kwargs = True, [], True
-        self.add_callback(_StopOnInterrupt(self))
+        self.model_accepts_loss_kwargs = True
 
     # loss
 
@@ -187,57 +161,6 @@ class SelfDistillationTrainer(Trainer):
 
     # checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As `Trainer.train`. `True` resumes from the newest checkpoint that was written to its end.
-
-        The first ctrl-C lets the step finish and saves a checkpoint, the second one stops at once.
-
-        Raises:
-            ValueError: `True`, and there is no complete checkpoint.
-            KeyboardInterrupt: ctrl-C.
-        """
-        output = str(self.args.output_dir)
-        if resume_from_checkpoint is True:
-            found = last_checkpoint(output)
-            if found is None:
-                raise ValueError(f"{output} holds no complete checkpoint to resume from")
-            resume_from_checkpoint = str(found)
-        if self.is_world_process_zero():
-            remove_incomplete(output)
-        self.interrupted = False
-        with self._catch_interrupt():
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.interrupted:
-            raise KeyboardInterrupt
-        return result
-
-    @contextlib.contextmanager
-    def _catch_interrupt(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number, frame) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            logger.warning("interrupted: this step is finished and saved; once more stops at once")
-            self.interrupted = True
-
-        previous = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        if self.args.should_save:
-            # a folder of that step is not complete while it is written again
-            step = self.state.global_step
-            for folder in Path(str(self.args.output_dir)).glob("checkpoint-*"):
-                if checkpoint_step(folder) == step:
-                    (folder / STATE_FILE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A full checkpoint for `from_pretrained`, or the LoRA in peft's form; and the arguments as JSON."""
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
@@ -245,11 +168,15 @@ class SelfDistillationTrainer(Trainer):
         if self._lora is None:
             self.model.save_pretrained(folder, state_dict=state_dict, adapter_only=False)
         else:
-            self.save_lora(folder)
+            self.save_lora(folder, state_dict=state_dict)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
-    def save_lora(self, folder: str | Path) -> None:
+    def save_lora(self, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write the LoRA in peft's form: `PeftModel.from_pretrained(model, folder)` reads it.
+
+        Args:
+            folder: where to.
+            state_dict: the whole weights of a sharded model, see `whole_weights`.
 
         Raises:
             ValueError: there is none.
@@ -260,7 +187,9 @@ class SelfDistillationTrainer(Trainer):
             raise ValueError("there is no LoRA to save: set lora_rank, or save the model")
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        weights = get_peft_model_state_dict(self._lora, save_embedding_layers=False)
+        if state_dict is not None:
+            state_dict = {_PEFT_PREFIX + key: value for key, value in state_dict.items()}
+        weights = get_peft_model_state_dict(self._lora, state_dict=state_dict, save_embedding_layers=False)
         weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
         temporary = target / f".{ADAPTER_FILE}.tmp"
         save_file(weights, temporary, metadata={"format": "pt"})
@@ -268,7 +197,7 @@ class SelfDistillationTrainer(Trainer):
         self._lora.peft_config["default"].save_pretrained(str(target))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint)
@@ -276,24 +205,41 @@ class SelfDistillationTrainer(Trainer):
             if not (folder / "config.json").is_file():
                 raise ValueError(f"{folder} holds no full checkpoint: was it trained with a LoRA? Set lora_rank then")
             loaded = RTPurboForCausalLM.from_pretrained(folder, dtype=self.model.dtype)
-            self.model.load_state_dict(loaded.state_dict())
+            self.load_weights(loaded.state_dict())
+            return
+        if not (folder / ADAPTER_FILE).is_file():
+            raise ValueError(f"{folder} holds no LoRA: was it trained without one? Set lora_rank to 0 then")
+        weights = load_file(folder / ADAPTER_FILE)
+        if self.is_fsdp_enabled:
+            # by the names in the model: peft's own loading does not know shards
+            names = {key: key.removeprefix(_PEFT_PREFIX).removesuffix(".weight") for key in weights}
+            self.load_weights({f"{names[key]}.default.weight": value for key, value in weights.items()}, strict=False)
             return
         from peft import set_peft_model_state_dict
 
-        if not (folder / ADAPTER_FILE).is_file():
-            raise ValueError(f"{folder} holds no LoRA: was it trained without one? Set lora_rank to 0 then")
-        set_peft_model_state_dict(self._lora, load_file(folder / ADAPTER_FILE))
+        set_peft_model_state_dict(self._lora, weights)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def trained_model(self) -> RTPurboForCausalLM:
-        """The trained model, in eval mode; a LoRA is merged into it, which ends this trainer's use."""
-        if self._lora is not None:
-            self._lora.merge_and_unload()
+    def trained_model(self, weights: dict[str, torch.Tensor] | None = None) -> RTPurboForCausalLM:
+        """The trained model, in eval mode; a LoRA is merged into it, which ends this trainer's use.
+
+        Args:
+            weights: of a sharded model, from `whole_weights`: the result is a model of its own, on the CPU.
+        """
+        model, lora = self.model, self._lora
+        if weights is not None:
+            model = RTPurboForCausalLM(copy.deepcopy(self.model.config)).to(self.model.dtype)
+            for indexer in model.indexers().values():
+                indexer.float()
+            lora = None if lora is None else _with_lora(model, self.args)
+            model.load_state_dict(weights)
+        if lora is not None:
+            lora.merge_and_unload()
             self._lora = None
-        return self.model.eval()
+        return model.eval()
 
 
 def _with_lora(model: RTPurboForCausalLM, args: SelfDistillationArguments) -> Any:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from transformers import TrainingArguments
+from .arguments import StageArguments
 
 ACTIVATION_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_WARMUP_SHARE = 6
 
 
 @dataclass
-class IndexerTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with stage 1's defaults (PAPER section 6), and:
+class IndexerTrainingArguments(StageArguments):
+    """`StageArguments` with stage 1's defaults (PAPER section 6), and:
 
     Args:
         warmup_steps: at most a sixth of all steps, so that short runs warm up in proportion (the paper's 100 of 600).
@@ -26,6 +24,10 @@ class IndexerTrainingArguments(TrainingArguments):
         cached_rows_per_document: rows (text, and as many needle rows at most) in the stored pool of a document.
         activation_cache_dir: keep activations in files there; None: in memory (several processes:
             `output_dir/activations`).
+        shard_rows: several processes take turns at the rows of the same documents, instead of documents of their own;
+            losses and gradients are those of one process.
+        plateau_patience: stop when the losses of the heads have not fallen for so many logs; None: take all steps.
+        plateau_threshold: relative fall (mean over heads) that counts.
         activation_dtype: of stored activations: `"auto"` (the model's), `"float32"`, `"bfloat16"` or `"float16"`.
 
     Raises:
@@ -35,18 +37,6 @@ class IndexerTrainingArguments(TrainingArguments):
     learning_rate: float = 1e-3
     warmup_steps: float = 100
     lr_scheduler_type: str = "cosine"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    max_steps: int = 600
-    per_device_train_batch_size: int = 1
-    per_device_eval_batch_size: int = 1
-    logging_steps: float = 10
-    save_steps: float = 100
-    save_total_limit: int | None = 2
-    report_to: str | list[str] | None = "none"
-    remove_unused_columns: bool = False
-    logging_nan_inf_filter: bool = False
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     rows_per_document: int = field(default=16, metadata={"help": "Random query rows of a document in a step; -1: all."})
     needle_rows_per_document: int = field(default=16, metadata={"help": "At most so many needle rows in addition."})
@@ -56,6 +46,9 @@ class IndexerTrainingArguments(TrainingArguments):
     cached_rows_per_document: int = field(default=256, metadata={"help": "Rows in a document's stored pool."})
     activation_cache_dir: str | None = field(default=None, metadata={"help": "Folder for stored activations."})
     activation_cache_limit_gib: float = field(default=8.0, metadata={"help": "Largest cache that is made unasked."})
+    shard_rows: bool = field(default=False, metadata={"help": "Processes share the rows of each document."})
+    plateau_patience: int | None = field(default=None, metadata={"help": "Stop after so many logs without a fall."})
+    plateau_threshold: float = field(default=0.01, metadata={"help": "Relative fall of the losses that counts."})
     activation_dtype: str = field(default="auto", metadata={"help": "Dtype of stored activations."})
 
     def __post_init__(self) -> None:
@@ -68,6 +61,10 @@ class IndexerTrainingArguments(TrainingArguments):
             raise ValueError(f"needle_rows_per_document must be -1 or at least 0, got {self.needle_rows_per_document}")
         if not 0 <= self.first_row < 1:
             raise ValueError(f"first_row must be in [0, 1), got {self.first_row}")
+        if self.plateau_patience is not None and self.plateau_patience < 1:
+            raise ValueError(f"plateau_patience must be at least 1, or None, got {self.plateau_patience}")
+        if not 0 < self.plateau_threshold < 1:
+            raise ValueError(f"plateau_threshold must be in (0, 1), got {self.plateau_threshold}")
         if self.activation_dtype not in ACTIVATION_DTYPES:
             raise ValueError(f"activation_dtype must be one of {ACTIVATION_DTYPES}, got {self.activation_dtype!r}")
         if -1 != self.cached_rows_per_document < self.rows_per_document:
@@ -75,9 +72,3 @@ class IndexerTrainingArguments(TrainingArguments):
                 f"cached_rows_per_document ({self.cached_rows_per_document}) must not be smaller than "
                 f"rows_per_document ({self.rows_per_document})"
             )
-        if self.push_to_hub:
-            raise ValueError("stage-1 checkpoints are no models: push with model.push_to_hub after training")
-
-    def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Warm-up steps of a run of so many steps."""
-        return min(super().get_warmup_steps(num_training_steps), max(num_training_steps // _WARMUP_SHARE, 1))

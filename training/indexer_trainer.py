@@ -8,16 +8,17 @@ answer, padded with -1).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling.attention_rtpurbo import AttentionInputs
@@ -26,9 +27,11 @@ from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from .activation_cache import ActivationCache, CachedDocument, cache_nbytes
 from .indexer_arguments import IndexerTrainingArguments
 from .indexer_checkpoint import load_indexers, save_indexers
+from .plateau import HEAD_LOSS, StopOnPlateau
 from .plots import plot_losses
 from .row_sampling import CACHE_STEP, EVALUATION_STEP, Rows, RowSampler, document_key, token_span
 from .stage1 import STATISTICS, LayerRows, layer_kl, layer_statistics
+from .stage_trainer import StageTrainer
 
 __all__ = ["IndexerTrainer", "IndexerTrainingArguments", "collate_documents", "plot_losses", "train_indexer"]
 
@@ -74,6 +77,16 @@ def collate_documents(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor
     return batch
 
 
+@contextlib.contextmanager
+def _unprepared(accelerator: Any) -> Iterator[None]:
+    """`accelerator.prepare` gives its argument back meanwhile."""
+    accelerator.prepare = lambda loader: loader
+    try:
+        yield
+    finally:
+        del accelerator.prepare
+
+
 class CachedIndexers(nn.Module):
     """The indexers alone, for steps over cached activations: what DDP wraps then."""
 
@@ -91,7 +104,7 @@ class CachedIndexers(nn.Module):
         return losses
 
 
-class IndexerTrainer(Trainer):
+class IndexerTrainer(StageTrainer):
     """Trainer of the indexers of an `RTPurboForCausalLM`; the backbone is frozen and stays in eval mode.
 
     Args:
@@ -124,15 +137,11 @@ class IndexerTrainer(Trainer):
         model.requires_grad_(False)
         for indexer in model.indexers().values():
             indexer.float().requires_grad_(True)
-        if args.n_gpu > 1:
-            logger.info("training on one of %d GPUs; start with torchrun to use them all", args.n_gpu)
-            args._n_gpu = 1
-        use_cache = model.config.use_cache
         kwargs.setdefault("data_collator", collate_documents)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        # the Trainer writes its own preference into the config, which is saved with the model
-        model.config.use_cache = use_cache
-        self.can_return_loss, self.label_names, self.model_accepts_loss_kwargs = True, [], False
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        if args.plateau_patience is not None:
+            self.add_callback(StopOnPlateau(args.plateau_patience, args.plateau_threshold))
         self._heads = [(m.layer_idx, h) for m in model.converted() for h in m.rtpurbo.plans["sparse"].retrieval]
         self._caches: list[tuple[Any, ActivationCache]] = []
         self._caching: bool | None = args.cache_activations
@@ -146,11 +155,6 @@ class IndexerTrainer(Trainer):
             "trainable params: %s || all params: %s || trainable%%: %.4f",
             f"{trained:,}", f"{everything:,}", 100 * trained / everything,
         )  # fmt: skip
-
-    @property
-    def _output(self) -> Path:
-        assert self.args.output_dir is not None
-        return Path(self.args.output_dir)
 
     # rows
 
@@ -177,11 +181,21 @@ class IndexerTrainer(Trainer):
             drawn.append((torch.cat([text, needle])[chosen], is_needle))
         return Rows.stack(drawn).to(inputs["input_ids"].device)
 
+    @property
+    def _part(self) -> tuple[int, int]:
+        """This process's part of a document's rows, and of how many."""
+        args = self.args
+        return (args.process_index, args.world_size) if args.shard_rows else (0, 1)
+
     def _draw_cached(self, document: CachedDocument) -> tuple[dict[int, LayerRows], torch.Tensor]:
-        """This step's rows of a cached document, and which of them are needle rows."""
-        step = self.state.global_step
-        chosen, is_needle = self._sampler().draw(document.text, document.needle, step=step, key=document.key)
-        return document.rows(chosen, self.args.device), is_needle
+        """This step's rows of a cached document that are this process's, and their weights `[R]`."""
+        step, (part, parts) = self.state.global_step, self._part
+        chosen, _ = self._sampler().draw(document.text, document.needle, step=step, key=document.key)
+        count = chosen.numel()
+        # a process without rows of its own takes one that weighs nothing
+        own = chosen[part::parts] if part < count else chosen[:1]
+        weight = torch.full((own.numel(),), parts / max(count, 1) if part < count else 0.0)
+        return document.rows(own, self.args.device), weight
 
     # loss
 
@@ -208,13 +222,13 @@ class IndexerTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _losses(self, model, inputs) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        rows = self._draw(inputs, evaluation=False)
-        weight, by_layer = rows.weight, {}
+        slots, weight = self._draw(inputs, evaluation=False).part(*self._part)
+        by_layer = {}
 
         def layer_loss(seen: AttentionInputs) -> torch.Tensor | None:
             if not isinstance(seen.indexer, RTPurboIndexer):
                 return None
-            kl = layer_kl(seen.indexer, LayerRows.take(seen, rows.slots), weight)
+            kl = layer_kl(seen.indexer, LayerRows.take(seen, slots), weight)
             by_layer[seen.layer_idx] = kl
             return kl.sum() / len(self._heads)
 
@@ -228,9 +242,8 @@ class IndexerTrainer(Trainer):
         assert isinstance(cache, ActivationCache)
         documents = []
         for index in indices:
-            layers, is_needle = self._draw_cached(cache.document(index))
-            count = max(is_needle.numel(), 1) * len(indices)
-            documents.append((layers, torch.full((1, is_needle.numel()), 1 / count, device=self.args.device)))
+            layers, weight = self._draw_cached(cache.document(index))
+            documents.append((layers, weight[None].to(self.args.device) / len(indices)))
         by_layer = model(documents)
         return by_layer, torch.stack([kl.sum() for kl in by_layer.values()]).sum() / len(self._heads)
 
@@ -253,6 +266,8 @@ class IndexerTrainer(Trainer):
     def _worth_caching(self) -> bool:
         args = self.args
         data: Any = self.train_dataset
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or len(data) == 0:
             return False
         documents = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -297,7 +312,16 @@ class IndexerTrainer(Trainer):
     def get_train_dataloader(self):
         if self._use_cache():
             self.train_dataset = self._cached(self.train_dataset, evaluation=False)
-        return super().get_train_dataloader()
+        if not self.args.shard_rows:
+            return super().get_train_dataloader()
+        # every process sees every document, in the order of a run with one process
+        accelerator = self.accelerator
+        with _unprepared(accelerator):
+            loader = super().get_train_dataloader()
+        return prepare_data_loader(
+            loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True,
+            use_seedable_sampler=True, data_seed=self.args.data_seed,
+        )  # fmt: skip
 
     def get_eval_dataloader(self, eval_dataset=None):
         if self._use_cache():
@@ -395,15 +419,41 @@ class IndexerTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._seen:
             mean = torch.stack(self._seen).mean(0)
+            if self.args.world_size > 1:
+                mean = cast(torch.Tensor, self.accelerator.reduce(mean, "mean"))
             logs["kl_median"], logs["kl_max"] = float(mean.median()), float(mean.max())
+            logs[HEAD_LOSS] = float(mean.clamp_min(1e-12).log().mean())
             self._seen.clear()
+            self._log_heads(mean)
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any):
-        """As `Trainer.train`; writes the indexers to the output folder at the end."""
-        result = super().train(*args, **kwargs)
+    def _log_heads(self, mean: torch.Tensor) -> None:
+        """A line for each log in `train_heads.jsonl`: the loss of each head, in the order of `eval_heads.json`."""
+        if self.is_world_process_zero():
+            record = {"step": self.state.global_step, "kl": [round(value, 6) for value in mean.tolist()]}
+            self._output.mkdir(parents=True, exist_ok=True)
+            with (self._output / "train_heads.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As `StageTrainer.train`; writes the indexers to the output folder at the end."""
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.save_model()
         return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`; next to a sharded backbone the whole indexers average their own gradients."""
+        loss = super().training_step(*args, **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= self.args.world_size
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the indexers; a sharded backbone is not gathered for it."""
+        self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Indexer weights and the arguments as JSON: nothing that needs unpickling."""

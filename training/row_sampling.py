@@ -35,6 +35,17 @@ class Rows:
         real = (self.slots >= 0).float()
         return real / real.sum(1, keepdim=True).clamp_min(1) / real.shape[0]
 
+    def part(self, index: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots and weights of every `count`-th row from `index` on, `[B, ceil(R / count)]`.
+
+        Weights are `count` times those of the whole: the mean over parts is the loss of all rows. Taking turns gives
+        each part early and late rows alike, which see few and many keys.
+        """
+        pad = (0, -self.slots.shape[1] % count)
+        slots = torch.nn.functional.pad(self.slots, pad, value=-1)
+        weight = torch.nn.functional.pad(self.weight, pad) * count
+        return slots[:, index::count], weight[:, index::count]
+
     def to(self, device: torch.device) -> Rows:
         return Rows(self.slots.to(device), self.is_needle.to(device))
 

@@ -2,8 +2,12 @@
 
 Stage 1 on a randomly initialised model of Qwen3-8B's shape, every query row, one document a step: the time of a whole
 step (forward, loss, gradients, optimiser) against one dense forward of the same base with SDPA, and the peak memory.
-The loss kernels are checked in the same run, on a layer's own activations. A further case is a function from a preset
-to rows, with a line in `CASES`.
+The loss kernels are checked in the same run, on a layer's own activations.
+
+Stage 2 on a few layers of that shape, a LoRA on the attention projections, gradient checkpointing, one document a step:
+a whole step against the same step (loss, rows, LoRA, checkpointing, optimiser) of the untouched base with SDPA. The
+gradients of sink + window attention are checked in the same run. A further case is a function from a preset to rows,
+with a line in `CASES`.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from ..kernels.indexer_kl import indexer_kl, indexer_kl_reference
+from ..kernels.sink_window import sink_window_attention
+from ..kernels.window_gradient import window_gradient_tiled
 from ..modeling.attention_rtpurbo import AttentionInputs
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
+from ..training.distillation import SelfDistillationTrainer, collate_labelled, distillation_kl
+from ..training.distillation_arguments import SelfDistillationArguments
 from ..training.indexer_arguments import IndexerTrainingArguments
 from ..training.indexer_init import initialise_indexers
 from ..training.indexer_trainer import IndexerTrainer, collate_documents
@@ -33,8 +41,10 @@ from .harness import Row, checked, environment, measure, relative_error, table, 
 logger = logging.getLogger(__name__)
 
 LENGTHS = {"quick": (8192, 16_384), "paper": (8192, 16_384, 32_768, 65_536)}
-COLUMNS = ("geometry", "peer", "step_over_forward", "gib", "check", "checked_error")
+COLUMNS = ("geometry", "peer", "step_over_forward", "step_over_dense_step", "gib", "check", "checked_error")
 RATIO, TOLERANCE, CHECKED_ROWS = 0.15, 1e-3, 64
+# bf16 weights and slopes inside the gradient kernels
+STAGE2_TOLERANCE, LABEL_ROWS, TOP_K, LORA_RANK, STAGE2_LAYERS = 1e-2, 300, 10, 16, 4
 
 
 @dataclass(frozen=True)
@@ -210,7 +220,144 @@ def stage1_rows(preset: str, *, shape: Shape = QWEN3_8B, ratio: float = RATIO) -
     return rows
 
 
-CASES: dict[str, Callable[[str], list[Row]]] = {"stage1": stage1_rows}
+def labelled(ids: torch.Tensor, vocabulary: int) -> dict[str, torch.Tensor]:
+    """A stage-2 item: token ids `[L]`, its last rows labelled, with a teacher drawn from a fixed seed."""
+    generator = torch.Generator().manual_seed(1)
+    count = min(LABEL_ROWS, ids.numel() // 2)
+    return {
+        "input_ids": ids,
+        "label_rows": torch.arange(ids.numel() - 1 - count, ids.numel() - 1),
+        "teacher_ids": torch.randint(vocabulary, (count, TOP_K), generator=generator),
+        "teacher_logits": torch.randn(count, TOP_K, generator=generator),
+        "block": torch.tensor(0),
+    }
+
+
+class Stage2Step:
+    """A step over one labelled document through a LoRA, as the trainer takes it, with its own optimiser."""
+
+    def __init__(self, model: RTPurboForCausalLM, folder: str):
+        args = SelfDistillationArguments(
+            output_dir=folder, lora_rank=LORA_RANK, use_cpu=model.device.type == "cpu", learning_rate=1e-4
+        )
+        self.trainer, self.model = SelfDistillationTrainer(model, args), model
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def __call__(self, item: dict[str, torch.Tensor]) -> torch.Tensor:
+        batch = {name: value.to(self.model.device) for name, value in collate_labelled([item]).items()}
+        return _step(self.trainer.compute_loss(self.model, batch), self.optimizer)
+
+
+class DenseStep:
+    """The same step of the untouched base with SDPA. `unload` takes its LoRA off again."""
+
+    def __init__(self, base: PreTrainedModel):
+        from peft import LoraConfig, get_peft_model
+
+        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, target_modules=names)
+        self.lora: Any = get_peft_model(base, config)
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.base = base.train()
+        self.optimizer = torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=1e-4)
+
+    def __call__(self, item: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows, ids, logits = (item[n].to(self.base.device) for n in ("label_rows", "teacher_ids", "teacher_logits"))
+        found = self.base(item["input_ids"][None].to(self.base.device), use_cache=False, logits_to_keep=rows).logits[0]
+        return _step(distillation_kl(found.gather(-1, ids), logits).mean(), self.optimizer)
+
+    def unload(self) -> PreTrainedModel:
+        self.base.gradient_checkpointing_disable()
+        return self.lora.unload().eval().requires_grad_(False)
+
+
+def _step(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def gradient_error(model: RTPurboForCausalLM, ids: torch.Tensor) -> float:
+    """Worst relative error of the gradients of sink + window attention, on the first layer's own activations."""
+    taken: list[AttentionInputs] = []
+
+    def observe(inputs: AttentionInputs) -> None:
+        if not taken:
+            taken.append(inputs)
+
+    with torch.no_grad():
+        model(ids[None].to(model.device), observer=observe, use_cache=False, logits_to_keep=1)
+    seen, plan = taken[0], taken[0].plan
+    options: dict[str, Any] = {
+        "heads": plan.local, "kv_heads": plan.local_kv, "window": model.config.sliding_window,
+        "num_sinks": model.config.num_sink_tokens, "scale": seen.scale, "start": None, "softcap": None,
+    }  # fmt: skip
+    leaves = [x.detach().clone().requires_grad_() for x in (seen.query, seen.key, seen.value)]
+    out = seen.query.new_zeros(1, ids.numel(), *seen.query.shape[1::2])
+    sink_window_attention(*leaves, out=out, **options)
+    generator = torch.Generator(out.device).manual_seed(2)
+    upstream = torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
+    ours = torch.autograd.grad(out, leaves, upstream)
+    expected = window_gradient_tiled(upstream, *(x.detach() for x in leaves), None, **options)[:3]
+    return max(relative_error(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def stage2_rows(
+    preset: str, *, shape: Shape = QWEN3_8B, layers: int = STAGE2_LAYERS, ratio: float = RATIO
+) -> list[Row]:
+    """`stage2_step_vs_dense_step` at each length of the preset, on `layers` layers of a shape; needs a CUDA device."""
+    cut = replace(shape, layers=layers)
+    documents = {n: labelled(ids, shape.vocabulary) for n, ids in _documents(LENGTHS[preset], shape.vocabulary).items()}
+    base = cut.base()
+    # before the base is wrapped, which changes its attention
+    dense, peers = DenseStep(base), {}
+    for length, item in tqdm(documents.items(), desc="dense step", unit="length"):
+        torch.cuda.reset_peak_memory_stats()
+        timing = measure(partial(dense, item), warmup=1, repeats=5, budget_ms=2500)
+        peers[length] = timing, torch.cuda.max_memory_allocated() / 2**30
+    model = RTPurboForCausalLM.from_base(dense.unload(), retrieval_heads=cut.retrieval_heads(ratio))
+    initialise_indexers(model, method="random")
+    rows: list[Row] = []
+    errors = {length: gradient_error(model, item["input_ids"]) for length, item in documents.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        step = Stage2Step(model, folder)
+        for length, item in tqdm(documents.items(), desc="stage 2", unit="length"):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            finite = math.isfinite(step(item).item())
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            timing = measure(partial(step, item), warmup=0, repeats=5, budget_ms=2500)
+            peer, peer_gib = peers[length]
+            verdict = checked(errors[length] if finite else math.inf, STAGE2_TOLERANCE)
+            good = verdict["check"] == "ok"
+            extra: dict[str, Any] = {
+                "geometry": str(cut),
+                "layers": f"{layers} of {shape.layers}",
+                "trained": f"LoRA, rank {LORA_RANK}, on the attention projections",
+                "retrieval_heads": sum(map(len, model.config.retrieval_heads)),
+                "label_rows": item["label_rows"].numel(),
+                "low_ms": timing.low_ms,
+                "high_ms": timing.high_ms,
+                **verdict,
+            }
+            if good:
+                extra |= {
+                    "peer": "the same step of the base, SDPA",
+                    "step_over_dense_step": timing.median_ms / peer.median_ms,
+                    "gib": peak,
+                    "peer_gib": peer_gib,
+                    "peer_low_ms": peer.low_ms,
+                    "peer_high_ms": peer.high_ms,
+                }
+            rows.append(Row("stage2_step_vs_dense_step", length, ratio, timing.median_ms, peer.median_ms, extra=extra))
+            logger.info("stage 2 at %d tokens: check %s (%.1e)", length, verdict["check"], errors[length])
+    return rows
+
+
+CASES: dict[str, Callable[[str], list[Row]]] = {"stage1": stage1_rows, "stage2": stage2_rows}
 
 
 def run_training_benchmarks(
