@@ -1,0 +1,57 @@
+"""Every Triton and Gluon kernel compiles for real GPUs and fits them; no GPU is needed (see `compile_kernels.py`)."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fake_gpu import SHARED_LIMIT
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "kernels"
+# by capability and kernel: the bytes that a thread is known to spill; every other kernel spills nothing
+KNOWN_SPILLS = {
+    (80, "sink_window._sink_window_kernel"): 260,
+    (90, "sink_window_hopper._sink_window_hopper_kernel"): 1048,
+    (90, "indexer_kl_triton._rows_kernel"): 424,
+    (90, "indexer_kl_triton._keys_kernel"): 248,
+    (90, "window_gradient_triton._keys_kernel"): 668,
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The rows of `compile_kernels.py`, in a process of its own: this one may have Triton's interpreter."""
+    output = tmp_path_factory.mktemp("compile") / "kernels.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "compile_kernels.py"), "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(output.read_text())
+
+
+def test_no_kernel_is_left_out(compiled):
+    defined = {
+        f"{path.stem}.{name}"
+        for path in KERNELS.glob("*.py")
+        for name in re.findall(r"@(?:triton|gluon)\.jit.*?def (\w+_kernel)\(", path.read_text(), re.DOTALL)
+    }
+    assert {row["kernel"] for row in compiled} == defined
+
+
+def test_shared_memory_fits(compiled):
+    assert {row["capability"] for row in compiled} == {80, 90}
+    beyond = [row for row in compiled if row["shared"] > SHARED_LIMIT[row["capability"]]]
+    assert not beyond
+
+
+def test_registers_suffice(compiled):
+    """No more is spilled than was known: a launch that asks for too much shows here, not in a benchmark."""
+    more = [row for row in compiled if row["spills"] > KNOWN_SPILLS.get((row["capability"], row["kernel"]), 0)]
+    assert not more
