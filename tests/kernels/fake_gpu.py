@@ -145,7 +145,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _getitem(tensor: torch.Tensor, places: Any) -> torch.Tensor:
-    """`tensor[places]` by operators: torch's own asks for a device guard, which builds without CUDA do not have."""
+    """`tensor[places]` by operators; torch's own asks for a device guard, which builds without CUDA do not have."""
     places = places if isinstance(places, tuple) else (places,)
     if any(place is Ellipsis for place in places):
         at = next(i for i, place in enumerate(places) if place is Ellipsis)
@@ -171,6 +171,10 @@ def _setitem(tensor: torch.Tensor, places: Any, value: Any) -> None:
     torch.broadcast_to(torch.as_tensor(value, device=tensor.device), _getitem(tensor, places).shape)
 
 
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+
+
 @contextmanager
 def fake_gpu() -> Iterator[FakeGPU]:
     """Run CUDA code without a GPU; `kernels/` must be imported inside, for the first time in the process.
@@ -194,6 +198,7 @@ def fake_gpu() -> Iterator[FakeGPU]:
             (torch.cuda, "device_of", lambda tensor: nullcontext()),
             (FakeTensor, "__getitem__", _getitem),
             (FakeTensor, "__setitem__", _setitem),
+            (FakeTensor, "contiguous", _contiguous),
             (FakeTensor, "data_ptr", _address),
             (JITFunction, "run", lambda function, *args, **options: gpu.compile(function, *args, **options)),
         ):
