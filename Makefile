@@ -13,7 +13,8 @@ CHECKED := $(ROOMS) tests
 BENCH ?= kernels --output build/bench
 
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest lint format typecheck bench clean
+.PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-training results-smollm2-8k \
+	results-gemma3-32k results-ablation
 
 help:
 	@echo "make demo       adapt SmolLM2-135M to RTPurbo on this machine, report in build/demo"
@@ -23,6 +24,7 @@ help:
 	@echo "make format     let ruff format the code"
 	@echo "make typecheck  mypy"
 	@echo "make bench      kernels against their peers, to build/bench (needs an NVIDIA GPU)"
+	@echo "make results    every file of results/ again, to $(RESULTS) (an 80 GB NVIDIA GPU); docs/results.md lists the parts"
 	@echo "make clean      remove build output and caches; the virtual environment and downloads stay"
 	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)'"
 
@@ -74,6 +76,45 @@ typecheck: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-demo
 	$(BIN)/rtpurbo bench $(BENCH)
+
+# The commands behind results/; docs/results.md says which file each of them makes. With an environment of your own:
+# make results RTPURBO="python -m rtpurbo_hf.cli"
+RESULTS ?= build/results
+RTPURBO ?= $(BIN)/rtpurbo
+TOOL := $(if $(filter $(BIN)/rtpurbo,$(RTPURBO)),$(VENV)/.installed-demo)
+TEXTS := --data $(RESULTS)/texts/bible.jsonl --data $(RESULTS)/texts/anarchism.jsonl --data $(RESULTS)/texts/python.jsonl
+LONG_TEXTS := $(subst /texts/,/long-texts/,$(TEXTS))
+SMOLLM2 := smollm2-135m --preset default --context 8192 --window 2048 --learning-rate 3e-3 --steps 400 --train-blocks 48
+GEMMA3 := gemma3-270m --preset default --context 32768 --window 8192 --steps 300 --train-blocks 24
+TOGETHER := --compare base --suite ppl,passkey,sparsity --device cuda
+
+results: results-kernels results-training results-smollm2-8k results-gemma3-32k results-ablation
+
+# From Debian packages and Python's sources: a machine that lacks them takes the folders of one that has them.
+$(RESULTS)/texts: | $(TOOL)
+	$(RTPURBO) corpus --chars 80000 --output $@
+
+$(RESULTS)/long-texts: | $(TOOL)
+	$(RTPURBO) corpus --chars 280000 --output $@
+
+results-kernels: $(TOOL)
+	$(RTPURBO) bench kernels --preset paper --name kernels-h100 --output $(RESULTS)
+
+results-training: $(TOOL)
+	$(RTPURBO) bench training --preset paper --name training-h100 --output $(RESULTS)
+
+results-smollm2-8k: $(TOOL) | $(RESULTS)/texts
+	$(RTPURBO) adapt $(SMOLLM2) --stages 1,2 --stage2-steps 100 --accumulation 4 --stage2-learning-rate 2e-5 --label-rows 1000 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter $(TOGETHER) --variants headwise,sparse --emulated streaming,oracle,topk:equal --lengths 8192 --blocks 16 --samples 10 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage1
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse --lengths 8192 --blocks 16 --samples 10 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage2
+
+results-gemma3-32k: $(TOOL) | $(RESULTS)/long-texts
+	$(RTPURBO) adapt $(GEMMA3) --stages 1,2 --stage2-steps 60 --accumulation 2 --stage2-learning-rate 2e-5 --label-rows 1000 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k/adapter $(TOGETHER) --variants sparse --emulated oracle --lengths 32768 --blocks 8 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage1
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model $(TOGETHER) --variants sparse --lengths 32768 --blocks 8 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage2
+
+results-ablation: $(TOOL) | $(RESULTS)/texts
+	$(RTPURBO) eval smollm2-135m --ablate split,floor,selector,p,block,ratio,sharing,init --suite ppl,passkey,sparsity --lengths 8192 --preset default --learning-rate 3e-3 --steps 200 --train-blocks 24 --blocks 8 --rows 512 --samples 6 $(TEXTS) --device cuda --output $(RESULTS)/ablation
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

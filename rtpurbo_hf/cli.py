@@ -87,26 +87,38 @@ def adapt(
     train_blocks: Annotated[int | None, typer.Option(help="Blocks in the training set.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Stage-1 learning rate.")] = None,
     stages: Annotated[str, typer.Option(help="1: train the indexers; 1,2: then the backbone as well.")] = "1",
-    stage2_steps: Annotated[int, typer.Option(help="Stage-2 steps.")] = 600,
+    stage2_steps: Annotated[int | None, typer.Option(help="Stage-2 steps.")] = None,
     stage2_learning_rate: Stage2Rate = None,
-    accumulation: Accumulation = 8,
-    lora_rank: LoraRank = 0,
-    label_rows: LabelRows = 300,
+    stage2_context: Annotated[
+        int | None, typer.Option(help="Tokens in a stage-2 block.", show_default="stage 1's")
+    ] = None,
+    stage2_blocks: Annotated[
+        int | None, typer.Option(help="Blocks in the stage-2 set.", show_default="stage 1's set")
+    ] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Stage-2 blocks of a step, on each GPU.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Stage 2 trains a LoRA of this rank; 0: all weights.")] = None,
+    label_rows: Annotated[
+        int | None, typer.Option(help="Stage 2 learns from so many last rows of a block of plain text.")
+    ] = None,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Precision = None,
     report_to: Annotated[str, typer.Option(help="As in transformers: none, tensorboard, wandb, ...")] = "none",
 ) -> None:
-    """Calibrate, train the indexer, save an adapter, load it again, and report what was gained and lost."""
+    """Calibrate, train the indexer, save an adapter, load it again, and report what was gained and lost.
+
+    What is not given is the preset's.
+    """
     from .adaptation import adapt as run
-    from .distill import Stage2
     from .presets import preset as named
+    from .presets import stage2_preset
     from .report import markdown
 
     if stages not in ("1", "1,2"):
         raise ValueError(f"--stages must be 1 or 1,2, got {stages!r}")
-    stage2 = Stage2(
+    stage2 = stage2_preset(
+        preset,
         steps=stage2_steps,
         learning_rate=stage2_learning_rate,
         accumulation=accumulation,
@@ -125,6 +137,8 @@ def adapt(
         steps=steps,
         train_blocks=train_blocks,
         learning_rate=learning_rate,
+        distill_context=stage2_context,
+        distill_blocks=stage2_blocks,
     )
     device = device_named(device)
     done = run(
@@ -391,12 +405,13 @@ def bench_kernels(
     output: Output = Path("build/bench"),
     preset: Annotated[str, typer.Option(help="paper, quick or full.")] = "quick",
     only: Annotated[str | None, typer.Option(help="prefill, sparse (sparse prefill) or decode.")] = None,
+    name: Annotated[str, typer.Option(help="Basename of the result files.")] = "kernels",
 ) -> None:
     """Time our kernels and their peers in one process (CUDA only); each figure is checked against a reference."""
     from .benchmarks.kernels import run_kernel_benchmarks
 
     device_named("cuda")
-    run_kernel_benchmarks(preset, output, only=only)
+    run_kernel_benchmarks(preset, output, only=only, name=name)
 
 
 @bench.command("training", epilog="Example: rtpurbo bench training --preset paper --output results/")
