@@ -37,7 +37,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Suites, by comma: ruler, ppl, kl, passkey, sparsity.",
-            show_default="ruler,ppl,sparsity; with --ablate ppl,passkey,sparsity",
+            show_default="ruler,ppl,sparsity; with --ablate ppl,passkey,sparsity; with --lm-eval none",
         ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of a sample, by comma.")] = "4096",
@@ -45,7 +45,7 @@ def evaluate(
         str,
         typer.Option(
             help="Variants in all suites, by comma: dense, streaming, headwise, sparse, with settings as "
-            "sparse:p=0.95+floor=128 (p, floor, block, window, sinks)."
+            "sparse:p=0.95+floor=128 (p, floor, block, window, sinks, prefill)."
         ),
     ] = "dense,streaming,headwise,sparse",
     emulated: Annotated[
@@ -91,6 +91,21 @@ def evaluate(
     blocks: Annotated[int, typer.Option(help="Text blocks.")] = 8,
     rows: Annotated[int, typer.Option(help="Scored rows of a text block: its last ones.")] = 512,
     data: Data = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            help="Tasks of lm-eval (pip install lm-eval), by comma, e.g. arc_easy,hellaswag, for --variants and with "
+            "--compare base the base model. Prompts are cut at the longest of --lengths.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="With --lm-eval, documents of each task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="With --lm-eval, examples before a question.", show_default="the task's")
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option(help="With --lm-eval, a folder with further task files (YAML).")
+    ] = None,
     qa_data: Annotated[
         Path | None, typer.Option(help="SQuAD .json, or .jsonl of question, answers and context.")
     ] = None,
@@ -108,14 +123,22 @@ def evaluate(
     Writes fidelity.json, .md and .png, or with --ablate ablation.*. Decode emulation: every scored token attends as a
     decode step would.
     """
+    from .evaluation.harness_tasks import HarnessPlan
     from .evaluation.results import markdown
-    from .evaluation.suites import Plan
+    from .evaluation.suites import HARNESS, Plan
     from .evaluation.tasks import TASKS
     from .evaluation.variants import parse_variants
 
     asked = _words(tasks) if tasks else tuple(name for name in TASKS if name != "qa" or qa_data is not None)
+    suites = _words(suite or ("ruler,ppl,sparsity" if ablate is None else "ppl,passkey,sparsity"))
+    harness = None
+    if lm_eval is not None:
+        if ablate is not None:
+            raise ValueError("--lm-eval asks a checkpoint: it does not go with --ablate")
+        harness = HarnessPlan(_words(lm_eval), limit=limit, shots=shots, include=lm_eval_include)
+        suites = (*(suites if suite else ()), HARNESS)
     plan = Plan(
-        suites=_words(suite or ("ruler,ppl,sparsity" if ablate is None else "ppl,passkey,sparsity")),
+        suites=suites,
         lengths=_integers(lengths, "--lengths"),
         tasks=asked,
         samples=samples,
@@ -156,6 +179,7 @@ def evaluate(
             compare=compare,
             base=base,
             qa_data=qa_data,
+            harness=harness,
             split_seed=split_seed,
             unseen=unseen,
             **where,

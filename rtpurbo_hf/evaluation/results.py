@@ -99,17 +99,19 @@ def result_row(
     reference: Sequence[Record] | None,
     *,
     seed: int = 0,
+    exponential: bool = False,
 ) -> ResultRow | None:
     """The row of one figure, or None where the records do not have it.
 
     Args:
         place: suite, task, length, variant. figure: name in `Record.sums`; `"nll"` becomes a perplexity.
         records: of the same samples as `reference`, which is None for the reference itself.
+        exponential: the figure is the exponential of the quotient, as `"nll"` always is, and differences are relative.
     """
     if not records or any(figure not in record.sums for record in records):
         return None
     draws = Bootstrap(len(records), seed=seed)
-    exponential = figure == "nll"
+    exponential = exponential or figure == "nll"
     sums = [record.sums[figure] for record in records]
     found = draws.ratio(sums, exponential=exponential)
     delta: Interval | None = None
@@ -161,7 +163,7 @@ def markdown(rows: Sequence[ResultRow], meta: dict[str, Any]) -> str:
     lines.append(f"95 % bootstrap intervals over n samples; reference: `{reference}`. {meta['device']}.")
     for suite, length in _order((row.suite, row.length) for row in rows):
         part = [row for row in rows if (row.suite, row.length) == (suite, length)]
-        lines += ["", f"## {suite}, {length:,} tokens"]
+        lines += ["", f"## {suite}, {length:,} tokens" if length else f"## {suite}"]
         lines += _table(part, {(r.task, r.variant): _interval(r.value, r.low, r.high) for r in part}, suite)
         deltas = {
             (r.task, r.variant): _interval(r.delta, r.delta_low or 0.0, r.delta_high or 0.0)
@@ -169,7 +171,7 @@ def markdown(rows: Sequence[ResultRow], meta: dict[str, Any]) -> str:
             if r.delta is not None and suite != "sparsity"
         }
         if deltas:
-            how = "difference to the reference" + (", relative for perplexity" if suite == "ppl" else "")
+            how = "difference to the reference" + (", relative for perplexity" if suite in ("ppl", "lm-eval") else "")
             lines += _table(part, deltas, how)
     command, commit = meta.get("command"), meta.get("commit")
     return "\n".join([*lines, "", f"Made with `{command}`, commit {commit}.", ""])

@@ -20,10 +20,11 @@ from ..modeling.checkpoint_rtpurbo import INDEXER_FILE
 from ..modeling.configuration_rtpurbo import RTPurboConfig
 from ..sources import base_path, load_base
 from ..training.data import Document, documents_hash, load_texts, split_documents
+from .harness_tasks import HarnessPlan, HarnessTasks
 from .questions import QARecord, load_qa
 from .results import PARTIAL_FILE, RecordStore, ResultRow, write_results
 from .scoring import Arm
-from .suites import Evaluation, Plan
+from .suites import HARNESS, Evaluation, Plan
 from .variants import Variant, parse_variant
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ def evaluate(
     data: Any = "system",
     base: str | None = None,
     qa_data: str | Path | None = None,
+    harness: HarnessPlan | None = None,
     split_seed: int = 0,
     unseen: bool = False,
     device: str = "cpu",
@@ -132,12 +134,14 @@ def evaluate(
         data, split_seed, unseen: where the text comes from, see `held_out_documents`.
         base: the base model of adapters, in place of the one that they name, and its tokenizer; see
             `load_base`.
-        qa_data: file for task `qa`. device, dtype: of the models.
+        qa_data: file for task `qa`. harness: tasks of suite `lm-eval`, for `variants` and the base. device, dtype: of the models.
 
     Raises:
         ValueError: settings that do not fit together, too little text, or `output` holds results of other settings.
     """
     output = Path(output)
+    if (harness is not None) != (HARNESS in plan.suites):
+        raise ValueError("suite lm-eval and its tasks go together: name the tasks with --lm-eval")
     base = None if base is None else base_path(base)
     tokenizer = AutoTokenizer.from_pretrained(base or checkpoint)
     model = _load(checkpoint, base, device, dtype)
@@ -171,19 +175,35 @@ def evaluate(
         "gap": plan.gap,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    store = RecordStore(output / PARTIAL_FILE, settings)
     evaluation = Evaluation(
         arms,
         reference,
         plan,
         tokenizer=tokenizer,
         documents=documents,
-        store=RecordStore(output / PARTIAL_FILE, settings),
+        store=store,
         emulated=without_ruler,
         qa_data=questions,
         progress=progress,
     )
+    tasks = None
+    if harness is not None:
+        tasks = HarnessTasks(
+            [arm for arm in arms if arm.name not in without_ruler],
+            reference,
+            harness,
+            tokenizer=tokenizer,
+            store=store,
+            length=max(plan.lengths),
+            batch_tokens=plan.batch_tokens,
+            seed=plan.seed,
+        )
     evaluation.run()
     rows = evaluation.rows()
+    if tasks is not None:
+        tasks.run()
+        rows += tasks.rows()
     meta = {
         **environment(),
         **settings,
@@ -192,6 +212,7 @@ def evaluate(
         "split_seed": split_seed,
         "unseen": unseen,
         "plan": dataclasses.asdict(plan),
+        "lm_eval": None if harness is None else harness.described(),
         "variants": [arm.name for arm in arms],
         "model": {field: getattr(model.config, field) for field in DESCRIBED},
     }

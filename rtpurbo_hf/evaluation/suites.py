@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUITES = ("ruler", "ppl", "kl", "passkey", "sparsity")
+# tasks of lm-eval, see harness_tasks.py: part of a plan, but not scored here
+HARNESS = "lm-eval"
 _TEXT = {
     "ppl": {"perplexity": "nll", "kl": "kl", "top1_agreement": "top1_agreement"},
     "kl": {"kl": "kl", "top1_agreement": "top1_agreement"},
@@ -58,7 +60,7 @@ class Plan:
     """What to score.
 
     Attributes:
-        suites: names in `SUITES`. lengths: tokens of a sample.
+        suites: names in `SUITES`, or `HARNESS`. lengths: tokens of a sample.
         tasks: RULER-style tasks, names in `TASKS`.
         samples: prompts of each task, and passkey documents. blocks: text blocks.
         rows: scored rows of a text block. seed: of samples and resampling.
@@ -80,7 +82,8 @@ class Plan:
     batch_tokens: int = BATCH_TOKENS
 
     def __post_init__(self) -> None:
-        for what, names, known in (("suite", self.suites, SUITES), ("task", self.tasks, tuple(TASKS))):
+        known_suites = (*SUITES, HARNESS)
+        for what, names, known in (("suite", self.suites, known_suites), ("task", self.tasks, tuple(TASKS))):
             unknown = [name for name in names if name not in known]
             if unknown or not names:
                 raise ValueError(f"no {what} {', '.join(unknown) or 'was given'}; there are {', '.join(known)}")
@@ -284,7 +287,7 @@ class Evaluation:
         """Figures of all that is in the store, suite by suite in the plan's order."""
         found = []
         for suite in self.plan.suites:
-            for length in self.plan.lengths:
+            for length in () if suite == HARNESS else self.plan.lengths:
                 found += self._suite_rows(suite, length)
         return found
 

@@ -29,6 +29,7 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "block": ("index_block_size", int),
     "window": ("sliding_window", int),
     "sinks": ("num_sink_tokens", int),
+    "prefill": ("retrieval_prefill", str),
 }
 _OF_MODE = {"dense": (), "streaming": ("window", "sinks"), "headwise": ("window", "sinks"), "sparse": tuple(SETTINGS)}
 
@@ -47,7 +48,7 @@ class Variant:
 
     name: str
     mode: str
-    overrides: tuple[tuple[str, int | float], ...] = ()
+    overrides: tuple[tuple[str, int | float | str], ...] = ()
     selector: str | None = None
     budget: int | float | str | None = None
 
@@ -114,14 +115,14 @@ def _number(text: str, kind: type, what: str) -> int | float:
         raise ValueError(f"{what}: expected {'a number' if kind is float else 'an integer'}, got {text!r}") from None
 
 
-def _overrides(name: str, mode: str, text: str) -> tuple[tuple[str, int | float], ...]:
-    found: dict[str, int | float] = {}
+def _overrides(name: str, mode: str, text: str) -> tuple[tuple[str, int | float | str], ...]:
+    found: dict[str, int | float | str] = {}
     for part in text.split("+"):
         key, _, value = part.partition("=")
         if key not in _OF_MODE[mode]:
             raise ValueError(f"variant {name!r}: {mode} has no setting {key!r}; it has {_OF_MODE[mode] or 'none'}")
         field, kind = SETTINGS[key]
-        found[field] = _number(value, kind, f"variant {name!r}, {key}")
+        found[field] = value if kind is str else _number(value, kind, f"variant {name!r}, {key}")
     return tuple(found.items())
 
 
