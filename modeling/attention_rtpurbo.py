@@ -23,6 +23,7 @@ from ..kernels.rotate_step import rotate_step
 from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
 from ..kernels.sparse_prefill import sparse_prefill_attention
+from .cache_rtpurbo import CacheView, RTPurboCache
 from .families_rtpurbo import CACHE_ARGUMENT, Family, rotation, swaps_halves
 from .plan_rtpurbo import HeadPlan
 
@@ -86,6 +87,7 @@ class ForwardState:
     on_selection: Callable[..., None] | None = None
     selector: Selector | None = None
     losses: list[torch.Tensor] = field(default_factory=list)
+    cache: RTPurboCache | None = None
 
 
 class RTPurboLayer:
@@ -235,6 +237,15 @@ def _native_sliding(module, query, key, value, window, state: ForwardState, opti
     """A sliding-window layer of the base itself, left as it is; its cache has already been updated."""
     if window is None:
         raise RuntimeError(f"{type(module).__name__} (layer {module.layer_idx}) has no window and was not converted")
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    kv_start = state.q_start + query.shape[2] - key.shape[2]
+    if state.cache is not None and module.layer_idx in state.cache.native_windows:
+        view = state.cache.layers[module.layer_idx].take_view()
+        if state.is_decode:
+            return _native_step(module, query, view, window, state, out, options)
+        kv_start = view.tail_start
+        if view.tail_key is not None:
+            key, value = view.tail_key, view.tail_value
     heads = tuple(range(query.shape[1]))
     group = query.shape[1] // key.shape[1]
     return sink_window_attention(
@@ -245,11 +256,42 @@ def _native_sliding(module, query, key, value, window, state: ForwardState, opti
         kv_heads=tuple(h // group for h in heads),
         window=window,
         num_sinks=0,
-        out=query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]),
+        out=out,
         q_start=state.q_start,
-        kv_start=state.q_start + query.shape[2] - key.shape[2],
+        kv_start=kv_start,
         start=state.start,
         backend=module.rtpurbo_backend,
+        **options,
+    )
+
+
+def _native_step(
+    module, query: torch.Tensor, view: CacheView, window: int, state: ForwardState, out: torch.Tensor, options: dict
+) -> torch.Tensor:
+    """A decode step of a native window over its ring: lengths come from the device, as CUDA graphs ask."""
+    cache, backend = state.cache, module.rtpurbo_backend
+    plan = cache.layers[module.layer_idx].plan
+    workspace = None
+    if use_triton(backend, query):
+        workspace = cache.workspace(query, plan, view.full_key.shape[2], cache.index_block_size)
+    return decode_attention(
+        query,
+        view.full_key,
+        view.full_value,
+        view.window_key,
+        view.window_value,
+        None,
+        retrieval_heads=(),
+        full_slot=plan.full_slot,
+        window_slot=plan.window_slot,
+        length=state.length.to(query.device),
+        start=None if state.start is None else state.start.to(query.device),
+        window=window,
+        num_sinks=0,
+        block_size=cache.index_block_size,
+        out=out,
+        workspace=workspace,
+        backend=backend,
         **options,
     )
 

@@ -8,7 +8,8 @@ Per converted layer there are three stores:
   ring at `S + (p - S) % R`. R covers the window and `SLACK` tokens, so that a few tokens can be cropped again.
 
 Layers of the base model that are not converted (native sliding windows, linear attention) keep their own layers of
-transformers. Lengths are Python integers; the stores grow by an eighth, so appending a token copies O(1) amortised.
+transformers; in the static form native windows are rings as well (`NativeWindowLayer`). Lengths are Python integers;
+the stores grow by an eighth, so appending a token copies O(1) amortised.
 While a context is shorter than `dense_below`, the full store holds all KV heads; it is split up once it is longer.
 The *static* form (`max_length`) allocates once, keeps its addresses and its length on the device: what CUDA graphs ask.
 """
@@ -18,16 +19,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
 from ..kernels.append import append_step
 from ..kernels.common import index_tensor, starts
 from ..kernels.workspace import DecodeWorkspace
+from .families_rtpurbo import head_counts
 from .plan_rtpurbo import HeadPlan
 
 SLACK = 64
 RECORDED = 512
 PREFILL_MARGIN = 128
+# kinds of native layers whose cache has one size and one address (recurrent states have from the start)
+STATIC_NATIVE = ("sliding_attention", "linear_attention", "conv")
 
 
 def _grown(capacity: int, needed: int) -> int:
@@ -264,7 +268,11 @@ class RTPurboCacheLayer(CacheLayerMixin):
         for name, states in (("window_keys", key), ("window_values", value)):
             store = getattr(self, name)
             picked = states.gather(2, source.expand(-1, states.shape[1], -1, states.shape[3]))
-            setattr(self, name, torch.where(taken, picked.to(store.dtype), store))
+            written = torch.where(taken, picked.to(store.dtype), store)
+            if self.max_length is None:
+                setattr(self, name, written)
+            else:
+                store.copy_(written)  # captured graphs hold the addresses
 
     def _tail(self, key: torch.Tensor, value: torch.Tensor, start: torch.Tensor | None) -> dict:
         """The window before this chunk in slot order, followed by the chunk."""
@@ -371,6 +379,53 @@ class RTPurboCacheLayer(CacheLayerMixin):
         return self.keys.shape[0] * self.plan.num_kv_heads * self.length * row
 
 
+class NativeWindowLayer(RTPurboCacheLayer):
+    """A sliding-window layer of the base itself, in the static form: all its KV heads in the ring, no sinks.
+
+    The base's attention calls `update` with keys and values only, and the attention function reads `view`. What else a
+    forward knows (`start`, `decode_length`) the cache sets beforehand.
+    """
+
+    is_sliding = True
+
+    def __init__(self, num_heads: int, num_kv_heads: int, *, window: int, max_length: int, backend: str):
+        plan = HeadPlan(num_heads, num_kv_heads, (), False)
+        super().__init__(plan, window=window, num_sinks=0, index_dim=1, max_length=max_length)
+        self.backend = backend
+        self.start: torch.Tensor | None = None
+        self.decode_length: torch.Tensor | None = None
+        self.view: CacheView | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write the tokens; the keys and values `[B, Hkv, M, D]` come back as they are."""
+        device = key_states.device
+        self.view, _ = super().update(
+            key_states,
+            value_states,
+            start=None if self.start is None else self.start.to(device),
+            decode_length=None if self.decode_length is None else self.decode_length.to(device),
+            backend=self.backend,
+        )
+        return key_states, value_states
+
+    def take_view(self) -> CacheView:
+        """What the last update left to attend to; the layer forgets it."""
+        view, self.view = self.view, None
+        assert view is not None, "the base's attention has to update its cache first"
+        return view
+
+
+def _copied_back(layer, function) -> None:
+    """Call `function`, which may give the recurrent states of `layer` new tensors, and keep the old addresses."""
+    held = [(states, dict(states)) for states in (layer.conv_states, layer.recurrent_states)]
+    function()
+    for states, before in held:
+        for index, old in before.items():
+            if old is not None and states[index].shape == old.shape:
+                old.copy_(states[index])
+                states[index] = old
+
+
 def predicted_nbytes(
     plan: HeadPlan,
     *,
@@ -393,6 +448,21 @@ def predicted_nbytes(
     }
 
 
+def _static_native(config, text, index: int, layer, max_length: int):
+    """The static form of a layer that is not converted."""
+    kind = text.layer_types[index]
+    if kind not in STATIC_NATIVE:
+        raise ValueError(
+            f"a static cache is not supported for {config.base_config.model_type!r}: its {kind!r} layers have no "
+            "static form. Leave cache_implementation out"
+        )
+    if kind != "sliding_attention":
+        return layer
+    return NativeWindowLayer(
+        *head_counts(config), window=text.sliding_window, max_length=max_length, backend=config.attention_backend
+    )
+
+
 class RTPurboCache(Cache):
     """The cache that `generate()` uses: `RTPurboCacheLayer` where a layer was converted, the base's own elsewhere.
 
@@ -403,31 +473,31 @@ class RTPurboCache(Cache):
         max_length: slots of the static form; None: the cache grows.
 
     Raises:
-        ValueError: a static cache for a base with layers of another kind, whose caches are not static.
+        ValueError: a static cache for a base with layers of a kind that has no static form.
     """
 
     def __init__(self, config, plans: dict[int, HeadPlan], *, offloading: bool = False, max_length: int | None = None):
-        if max_length is not None and len(plans) < config.get_text_config(decoder=True).num_hidden_layers:
-            raise ValueError(
-                f"a static cache is not supported for {config.base_config.model_type!r}: some of its layers are not "
-                "converted. Leave cache_implementation out"
-            )
         text = config.get_text_config(decoder=True)
         layers = list(DynamicCache(config=text).layers)
-        for index, plan in plans.items():
-            layers[index] = RTPurboCacheLayer(
-                plan,
-                window=config.sliding_window,
-                num_sinks=config.num_sink_tokens,
-                index_dim=config.index_dim,
-                max_length=max_length,
-            )
+        for index, layer in enumerate(layers):
+            if index in plans:
+                layers[index] = RTPurboCacheLayer(
+                    plans[index],
+                    window=config.sliding_window,
+                    num_sinks=config.num_sink_tokens,
+                    index_dim=config.index_dim,
+                    max_length=max_length,
+                )
+            elif max_length is not None:
+                layers[index] = _static_native(config, text, index, layer, max_length)
         super().__init__(layers=layers, offloading=offloading)
         self.converted = tuple(plans)
+        self.native_windows = tuple(i for i, layer in enumerate(layers) if isinstance(layer, NativeWindowLayer))
         self.start: torch.Tensor | None = None
         self.right_padded = False
         self.in_prefill = False
         self.max_length = max_length
+        self.index_block_size = config.index_block_size
         self.device_length: torch.Tensor | None = None
         self._counted = 0  # what device_length holds
         self.graphs: dict[int, object] = {}
@@ -471,14 +541,30 @@ class RTPurboCache(Cache):
         if self._counted != length:
             self.device_length.fill_(length)
         self._counted = length + tokens
-        for index in self.converted:
+        for index in (*self.converted, *self.native_windows):
             self.layers[index].advance(tokens)
 
     def set_length(self, length: int) -> None:
         """Forget how many tokens were counted; the stores stay as they are."""
         self._counted = length
-        for index in self.converted:
+        for index in (*self.converted, *self.native_windows):
             self.layers[index].length = length
+
+    def begin(self, start: torch.Tensor | None, decode_length: torch.Tensor | None) -> None:
+        """Tell native windows what they cannot see in a forward: padding, and the length after a decode step."""
+        for index in self.native_windows:
+            self.layers[index].start, self.layers[index].decode_length = start, decode_length
+
+    def set_padding(self, start: torch.Tensor | None, right_padded: bool) -> None:
+        """Take the padding of a prefill. Captured graphs read `start` in place: where they cannot, they are dropped."""
+        self.right_padded = right_padded
+        held = self.start
+        if self.max_length is not None and held is not None and start is not None and held.shape == start.shape:
+            held.copy_(start)
+            return
+        if held is not None or start is not None:
+            self.graphs.clear()
+        self.start = start
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         if layer_idx is None or layer_idx == 0:
@@ -491,8 +577,8 @@ class RTPurboCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.start = None
-        self.right_padded = False
+        self.set_padding(None, False)
+        self.graphs.clear()
 
     def _map_start(self, function) -> None:
         if self.start is None:
@@ -504,7 +590,11 @@ class RTPurboCache(Cache):
             self.start = changed
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
+        for layer in self.layers:
+            if self.max_length is not None and isinstance(layer, LinearAttentionCacheLayerMixin):
+                _copied_back(layer, lambda layer=layer: layer.reorder_cache(beam_idx))
+            else:
+                layer.reorder_cache(beam_idx)
         self._map_start(lambda start: start.index_select(0, beam_idx.to(start.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

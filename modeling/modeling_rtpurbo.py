@@ -376,8 +376,11 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             if q_start == 0:
                 check_positions(position_ids, attention_mask)
             if cache is not None:
-                cache.start, cache.right_padded = start, right_padded
+                cache.set_padding(start, right_padded)
+                start = cache.start
         length = cache.step_length(shape[1], self.device) if is_decode else None
+        if cache is not None:
+            cache.begin(start, length)
         first = q_start if length is None else length.long() - shape[1]
         slots = torch.arange(shape[1], device=self.device) + first
         positions = slots - starts(start, shape[0], self.device)[:, None]
@@ -386,7 +389,9 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             waves = tuple(self.config.index_rotary_wavelengths)
             rotation = index_rotation(positions, waves, self.config.index_rotary_dim)
         is_dense = self.attention == "sparse" and q_start + shape[1] < self.config.dense_below
-        return ForwardState(self.attention, q_start, start, is_decode, is_dense, positions, rotation, length)
+        return ForwardState(
+            self.attention, q_start, start, is_decode, is_dense, positions, rotation, length, cache=cache
+        )
 
     @staticmethod
     def _decode_rows(decode_rows, shape, attention_mask, state: ForwardState) -> DecodeRows | None:

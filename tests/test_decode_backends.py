@@ -54,3 +54,36 @@ def test_a_step_without_selection_still_writes():
     expected, _ = run("reference", {}, index_top_p=1.0)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
     assert cache.layers[0].keys[:, :, 23].abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
+@torch.no_grad()
+def test_native_windows_of_a_static_cache(family):
+    """The kernels on a base's own sliding windows (soft-caps and learned sinks too), against an uncached forward."""
+    torch.manual_seed(0)
+    base = tiny_base(family)
+    model = RTPurboForCausalLM.from_base(
+        base, retrieval_heads=[[], [0, 2], [], [1]], sliding_window=6, num_sink_tokens=2, index_dim=8,
+        index_top_p=1.0, attention_backend="reference",
+    )  # fmt: skip
+    ids, mask = torch.randint(3, 97, (2, 24)), torch.ones(2, 24, dtype=torch.long)
+    mask[0, :9] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = model.new_cache(max_length=90)
+    whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert cache.native_windows == (0, 2)
+
+    def run(first, last):
+        return model(
+            ids[:, first:last], attention_mask=mask[:, :last], position_ids=positions[:, first:last],
+            past_key_values=cache,
+        ).logits  # fmt: skip
+
+    run(0, 20)
+    for index in cache.native_windows:
+        cache.layers[index].backend = "triton"
+    for module in model.modules():
+        if hasattr(module, "rtpurbo_backend"):
+            module.rtpurbo_backend = "triton"
+    out = torch.cat([run(20, 21), run(21, 24)], 1)
+    torch.testing.assert_close(out, whole[:, 20:], rtol=1e-3, atol=1e-3)

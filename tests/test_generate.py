@@ -9,6 +9,7 @@ import torch
 from families import everything_retrieves, padded_batch, tiny_base
 from transformers import DynamicCache, TextIteratorStreamer, pipeline
 
+from rtpurbo_hf.modeling.cache_rtpurbo import SLACK
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
 
 NEW = 40
@@ -108,6 +109,85 @@ def test_static_cache(model, batch, expected):
     assert torch.equal(output.sequences, expected)
     cache = output.past_key_values
     assert cache.layers[0].keys.shape[2] == cache.max_length < ids.shape[1] + NEW + 1
+
+
+HYBRIDS = ["gemma3_text", "gpt_oss", "cohere2", "qwen3_next", "lfm2"]
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_static_cache_of_hybrid_bases(family):
+    """Token for token as the dynamic cache; native windows of 6 tokens wrap, and one row is padding mostly."""
+    model = make(family)
+    ids, mask = padded_batch((5, 30))
+    options = {"attention_mask": mask, "max_new_tokens": 90, "min_new_tokens": 90, "do_sample": False}
+    dynamic = model.generate(ids, **options)
+    output = model.generate(ids, cache_implementation="static", return_dict_in_generate=True, **options)
+    assert torch.equal(output.sequences, dynamic)
+    assert output.past_key_values.max_length is not None
+    for index in output.past_key_values.native_windows:
+        layer = output.past_key_values.layers[index]
+        assert layer.window_keys.shape[2] == min(layer.max_length, 6 + SLACK)
+        assert layer.keys.numel() == 0
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_static_cache_of_hybrid_bases_with_chunks_and_beams(family):
+    model = make(family)
+    ids, mask = padded_batch((5, 30))
+    for options in ({"prefill_chunk_size": 7}, {"num_beams": 3}):
+        options = {"attention_mask": mask, "max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, **options}
+        dynamic = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, cache_implementation="static", **options), dynamic)
+
+
+def addresses(cache):
+    """Where everything that a captured graph would read lies."""
+    found = {"start": cache.start.data_ptr(), "length": cache.device_length.data_ptr()}
+    for index, layer in enumerate(cache.layers):
+        states = dict(vars(layer))
+        for name in ("conv_states", "recurrent_states"):
+            states |= {f"{name}{i}": state for i, state in states.pop(name, {}).items()}
+        found |= {(index, k): v.data_ptr() for k, v in states.items() if isinstance(v, torch.Tensor) and v.numel()}
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
+def test_static_cache_never_moves(family):
+    """Regression: a second prompt on the same cache, or a change of beams, gave stores new addresses, and captured
+    graphs would have read the old ones."""
+    model = make(family)
+    ids, mask = padded_batch((5, 60))
+    cache = model.new_cache(max_length=120)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def run(first, last):
+        with torch.no_grad():
+            return model(
+                ids[:, first:last], attention_mask=mask[:, :last], position_ids=positions[:, first:last],
+                past_key_values=cache,
+            ).logits  # fmt: skip
+
+    run(0, 30), run(30, 31)
+    before = addresses(cache)
+    assert len(before) > 2 + 4 * 2
+    run(31, 59)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    last = run(59, 60)
+    assert addresses(cache) == before
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1:]
+    assert (last - whole).abs().max() < 1e-4
+
+
+def test_other_padding_drops_graphs(model):
+    ids, mask = padded_batch((5, 30))
+    cache = model.new_cache(max_length=80)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.graphs[2] = None
+        model(ids, attention_mask=torch.cat([mask, torch.ones_like(mask)], 1), past_key_values=cache)
+    assert not cache.graphs
 
 
 def test_static_cache_with_beams(model, batch):
@@ -410,8 +490,11 @@ def test_refusals(model, batch):
     ids, mask = batch
     with pytest.raises(ValueError, match="'quantized' is not supported"):
         model.generate(ids, attention_mask=mask, cache_implementation="quantized", **GREEDY)
-    with pytest.raises(ValueError, match="static cache is not supported for 'gemma3_text'"):
-        make("gemma3_text").new_cache(max_length=100)
+    chunked = make("gemma3_text")
+    chunked.config.base_config.layer_types[0] = "hybrid_sliding"
+    chunked.config.base_config.number_of_conv_states = 1
+    with pytest.raises(ValueError, match="'gemma3_text': its 'hybrid_sliding' layers have no static form"):
+        chunked.new_cache(max_length=100)
     full = model.new_cache(max_length=41)
     with torch.no_grad():
         model(ids[2:], past_key_values=full)
