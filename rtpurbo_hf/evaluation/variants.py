@@ -1,6 +1,7 @@
 """Variants of one checkpoint as text: attention modes, overrides of the config, and other selectors.
 
     dense | streaming | headwise | sparse          attention modes
+    sparse_prefill                                 sparse, its prompt prefilled with one block list for each tile
     sparse:p=0.95+floor=128, headwise:window=2048  the same with other settings
     topk:256, topk:equal                           fixed top-k of the index scores
     oracle, oracle:0.95                            top-p of the true scores
@@ -17,11 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..kernels.indexed import Selector
+from ..modeling.configuration_rtpurbo import RETRIEVAL_PREFILL
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from . import selectors
 
 EQUAL = "equal"
 MODES = ("dense", "streaming", "headwise", "sparse")
+SPARSE_PREFILL = "sparse_prefill"
 SELECTORS = ("topk", "oracle", "quest", "int8")
 SETTINGS: dict[str, tuple[str, type]] = {
     "p": ("index_top_p", float),
@@ -29,6 +32,7 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "block": ("index_block_size", int),
     "window": ("sliding_window", int),
     "sinks": ("num_sink_tokens", int),
+    "prefill": ("retrieval_prefill", str),
 }
 _OF_MODE = {"dense": (), "streaming": ("window", "sinks"), "headwise": ("window", "sinks"), "sparse": tuple(SETTINGS)}
 
@@ -47,7 +51,7 @@ class Variant:
 
     name: str
     mode: str
-    overrides: tuple[tuple[str, int | float], ...] = ()
+    overrides: tuple[tuple[str, int | float | str], ...] = ()
     selector: str | None = None
     budget: int | float | str | None = None
 
@@ -114,14 +118,16 @@ def _number(text: str, kind: type, what: str) -> int | float:
         raise ValueError(f"{what}: expected {'a number' if kind is float else 'an integer'}, got {text!r}") from None
 
 
-def _overrides(name: str, mode: str, text: str) -> tuple[tuple[str, int | float], ...]:
-    found: dict[str, int | float] = {}
+def _overrides(name: str, mode: str, text: str) -> tuple[tuple[str, int | float | str], ...]:
+    found: dict[str, int | float | str] = {}
     for part in text.split("+"):
         key, _, value = part.partition("=")
         if key not in _OF_MODE[mode]:
             raise ValueError(f"variant {name!r}: {mode} has no setting {key!r}; it has {_OF_MODE[mode] or 'none'}")
         field, kind = SETTINGS[key]
-        found[field] = _number(value, kind, f"variant {name!r}, {key}")
+        if kind is str and value not in RETRIEVAL_PREFILL:
+            raise ValueError(f"variant {name!r}, {key}: expected one of {', '.join(RETRIEVAL_PREFILL)}, got {value!r}")
+        found[field] = value if kind is str else _number(value, kind, f"variant {name!r}, {key}")
     return tuple(found.items())
 
 
@@ -150,8 +156,11 @@ def parse_variant(text: str) -> Variant:
     kind, colon, rest = name.partition(":")
     if kind in SELECTORS:
         return Variant(name, "sparse", selector=kind, budget=_budget(name, kind, rest))
+    if kind == SPARSE_PREFILL:
+        given = _overrides(name, "sparse", rest) if colon else ()
+        return Variant(name, "sparse", tuple({"retrieval_prefill": "sparse_tiled", **dict(given)}.items()))
     if kind not in MODES:
-        raise ValueError(f"no variant {name!r}; there are {', '.join((*MODES, *SELECTORS))}")
+        raise ValueError(f"no variant {name!r}; there are {', '.join((*MODES, SPARSE_PREFILL, *SELECTORS))}")
     return Variant(name, kind, _overrides(name, kind, rest) if colon else ())
 
 
