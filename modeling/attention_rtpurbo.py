@@ -54,20 +54,24 @@ class AttentionInputs:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """Rows of an uncached forward that attend as decode steps do: `index` `[B, R]`, and which of them `counted`."""
+    """Rows of an uncached forward that attend as decode steps do: `index` `[B, R]`, and which of them `counted`.
+
+    `before`: how many rows come before them, where they are the last ones of every sequence; else None.
+    """
 
     index: torch.Tensor
     counted: torch.Tensor
+    before: int | None = None
 
     @classmethod
-    def from_mask(cls, mask: torch.Tensor) -> DecodeRows | None:
+    def from_mask(cls, mask: torch.Tensor, *, before: int | None = None) -> DecodeRows | None:
         """Rows where the bool mask `[B, M]` is set; None if there are none."""
         count = mask.sum(1)
         width = int(count.max())
         if width == 0:
             return None
         index = mask.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-        return cls(index, torch.arange(width, device=mask.device) < count[:, None])
+        return cls(index, torch.arange(width, device=mask.device) < count[:, None], before)
 
 
 @dataclass
@@ -348,7 +352,12 @@ class _Step:
             )
             return
         if self.retrieval_prefill == "sparse_tiled":
-            self._tiled(out, self.key, self.value, self.index_key, plan.retrieval_kv, q_start=0)
+            decoding = self.state.decode_rows
+            before = None if decoding is None else decoding.before
+            if before is not None:
+                # as in generation, the prompt's tiles know nothing of the rows that decode after it
+                out[:, before:, index_tensor(plan.retrieval, out.device)] = 0
+            self._tiled(out, self.key, self.value, self.index_key, plan.retrieval_kv, q_start=0, rows=before)
         else:
             self._dense(out, self.key, self.value, plan.retrieval_kv, q_start=0)
         if self.state.decode_rows is not None and self.selects:
@@ -473,15 +482,15 @@ class _Step:
             start=self.state.start, backend=self.backend, **self.options,
         )  # fmt: skip
 
-    def _tiled(self, out, key, value, index_key, kv_heads, *, q_start: int) -> None:
+    def _tiled(self, out, key, value, index_key, kv_heads, *, q_start: int, rows: int | None = None) -> None:
         config = self.layer.config
         # where some rows decode, they are what is observed: the rest then keeps to the fast kernels
         observe = self.state.on_selection if self.state.decode_rows is None else None
         sparse_prefill_attention(
-            self.query,
+            self.query[:, :, :rows],
             key,
             value,
-            self.index_query,
+            self.index_query[:, :, :rows],
             index_key,
             heads=self.plan.retrieval,
             kv_heads=kv_heads,
@@ -489,7 +498,7 @@ class _Step:
             top_p=config.index_top_p,
             min_tokens=config.index_min_tokens,
             num_sinks=config.num_sink_tokens,
-            out=out,
+            out=out[:, :rows],
             q_start=q_start,
             start=self.state.start,
             backend=self.backend,
@@ -522,7 +531,7 @@ class _Step:
 
     def _decode_rows(self, out: torch.Tensor, rows: DecodeRows) -> None:
         """Recompute the retrieval heads of some rows as decode steps would."""
-        rows = DecodeRows(rows.index.to(out.device), rows.counted.to(out.device))
+        rows = DecodeRows(rows.index.to(out.device), rows.counted.to(out.device), rows.before)
         batch = torch.arange(out.shape[0], device=out.device)[:, None]
         query = self.query.gather(2, _expand(rows.index, self.query))
         index_query = self.index_query.gather(2, _expand(rows.index, self.index_query))

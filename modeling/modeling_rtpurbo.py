@@ -397,9 +397,11 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
     def _decode_rows(decode_rows, shape, attention_mask, state: ForwardState) -> DecodeRows | None:
         if state.q_start > 0:
             raise ValueError("decode_rows is for uncached forwards; on a cache, short steps decode by themselves")
+        before = None
         if isinstance(decode_rows, int):
+            before = max(shape[1] - max(decode_rows, 0), 0)
             mask = torch.zeros(shape[1], dtype=torch.bool)
-            mask[max(shape[1] - decode_rows, 0) :] = decode_rows > 0
+            mask[before:] = True
             decode_rows = mask.expand(shape)
         if decode_rows.shape != shape or decode_rows.dtype != torch.bool:
             raise ValueError(
@@ -408,7 +410,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             )
         if attention_mask is not None:
             decode_rows = decode_rows.to(attention_mask.device) & attention_mask.bool()
-        return DecodeRows.from_mask(decode_rows.to(state.positions.device))
+        return DecodeRows.from_mask(decode_rows.to(state.positions.device), before=before)
 
     def _layer_losses(self, shape, input_ids, attention_mask, position_ids, inputs_embeds, layer_loss, kwargs):
         with torch.no_grad(), self.attention_mode("dense"):

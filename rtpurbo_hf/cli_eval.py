@@ -44,8 +44,8 @@ def evaluate(
     variants: Annotated[
         str,
         typer.Option(
-            help="Variants in all suites, by comma: dense, streaming, headwise, sparse, with settings as "
-            "sparse:p=0.95+floor=128 (p, floor, block, window, sinks, prefill)."
+            help="Variants in all suites, by comma: dense, streaming, headwise, sparse, sparse_prefill (sparse with "
+            "tiled sparse prefill), with settings as sparse:p=0.95+floor=128 (p, floor, block, window, sinks, prefill)."
         ),
     ] = "dense,streaming,headwise,sparse",
     emulated: Annotated[
@@ -58,6 +58,10 @@ def evaluate(
     compare: Annotated[
         str | None,
         typer.Option(help="'base': measure against the dense base model; or another checkpoint, side by side."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The variant that the others are measured against.", show_default="dense, or the base"),
     ] = None,
     ablate: Annotated[
         str | None,
@@ -177,6 +181,7 @@ def evaluate(
             variants=parse_variants(variants),
             emulated=parse_variants(emulated) if emulated else [],
             compare=compare,
+            reference=reference,
             base=base,
             qa_data=qa_data,
             harness=harness,

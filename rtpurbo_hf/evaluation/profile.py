@@ -99,6 +99,35 @@ class SparsityProfile:
         return {str(layer): [round(t / self._rows, 2) for t in sums.tolist()] for layer, sums in self._tokens.items()}
 
 
+class PrefillProfile:
+    """What retrieval heads read in a sparse prefill; pass `observe` as `on_selection` of a forward of the prompt.
+
+    `prefill_read`: key tokens read / visible ones, summed over rows and heads, which is the part of dense attention
+    that is computed. `prefill_kept_mass`: true mass of the tokens read, mean over heads and the rows that leave
+    something out; `prefill_kept_low`: its first percentile over the same.
+    """
+
+    def __init__(self) -> None:
+        self._read = self._seen = 0.0
+        self._kept: list[torch.Tensor] = []
+
+    def observe(self, layer: int, rows: slice, chosen, valid, weights) -> None:
+        """One tile, as in `SparsityProfile.observe`."""
+        read, seen = chosen.sum(-1), valid.sum(-1).expand(chosen.shape[:3])
+        self._read += float(read.double().sum())
+        self._seen += float(seen.double().sum())
+        self._kept.append((weights * chosen).sum(-1)[read < seen].cpu())
+
+    def sums(self) -> Sums:
+        """`{figure: (numerator, denominator)}`; no masses where every row read everything, nothing without rows."""
+        sums: Sums = {"prefill_read": (self._read, self._seen)} if self._seen else {}
+        kept = torch.cat(self._kept).double() if self._kept else torch.empty(0)
+        if kept.numel():
+            low = kept.kthvalue(max(kept.numel() // 100, 1)).values
+            sums |= {"prefill_kept_mass": (float(kept.sum()), float(kept.numel())), "prefill_kept_low": (float(low), 1.0)}
+        return sums
+
+
 def _add(store: dict[int, torch.Tensor], layer: int, value: torch.Tensor) -> None:
     value = value.cpu()
     store[layer] = store[layer] + value if layer in store else value

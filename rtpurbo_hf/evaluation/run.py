@@ -112,6 +112,7 @@ def evaluate(
     variants: Sequence[Variant],
     emulated: Sequence[Variant] = (),
     compare: str | None = None,
+    reference: str | None = None,
     data: Any = "system",
     base: str | None = None,
     qa_data: str | Path | None = None,
@@ -131,6 +132,7 @@ def evaluate(
         variants: in all suites. emulated: further ones, in all suites but `ruler`.
         compare: `"base"` adds the dense base model, and measures against it; another checkpoint adds its variants,
             `NAME@OTHER`. None measures against the checkpoint's own dense mode.
+        reference: name of one of `variants` or `emulated`, to measure against that one instead.
         data, split_seed, unseen: where the text comes from, see `held_out_documents`.
         base: the base model of adapters, in place of the one that they name, and its tokenizer; see
             `load_base`.
@@ -149,12 +151,12 @@ def evaluate(
     documents = held_out_documents(data, max(plan.lengths), split_seed=split_seed, unseen=unseen)
     questions: list[QARecord] | None = None if qa_data is None else load_qa(qa_data)
     arms = [Arm(variant.name, model, variant) for variant in (*variants, *emulated)]
-    reference = next((arm for arm in arms if arm.name == "dense"), Arm("dense", model, parse_variant("dense")))
+    measure = next((arm for arm in arms if arm.name == "dense"), Arm("dense", model, parse_variant("dense")))
     prints = [fingerprint(checkpoint, model.config)]
     without_ruler = [variant.name for variant in emulated]
     if compare == BASE:
-        reference = _base_arm(model, base, device, dtype)
-        arms.insert(0, reference)
+        measure = _base_arm(model, base, device, dtype)
+        arms.insert(0, measure)
     elif compare is not None:
         other = _load(compare, base, device, dtype)
         if other.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
@@ -163,6 +165,11 @@ def evaluate(
         prints.append(fingerprint(compare, other.config))
         arms += [Arm(f"{v.name}@{name}", other, v) for v in (*variants, *emulated)]
         without_ruler += [f"{variant.name}@{name}" for variant in emulated]
+    if reference is not None:
+        named = {arm.name: arm for arm in arms}
+        if reference not in named:
+            raise ValueError(f"reference {reference!r} is none of the variants: {', '.join(named)}")
+        measure = named[reference]
     settings: dict[str, Any] = {
         "checkpoint": Path(checkpoint).name if Path(checkpoint).is_dir() else checkpoint,
         "fingerprints": prints,
@@ -175,10 +182,12 @@ def evaluate(
         "gap": plan.gap,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if reference is not None:
+        settings["measured_against"] = reference
     store = RecordStore(output / PARTIAL_FILE, settings)
     evaluation = Evaluation(
         arms,
-        reference,
+        measure,
         plan,
         tokenizer=tokenizer,
         documents=documents,
@@ -207,7 +216,7 @@ def evaluate(
     meta = {
         **environment(),
         **settings,
-        "reference": reference.name,
+        "reference": measure.name,
         "data": data if isinstance(data, str) else [Path(str(name)).name for name in data],
         "split_seed": split_seed,
         "unseen": unseen,

@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from ..training.needles import NeedleBlock
-from .profile import SparsityProfile, Sums
+from .profile import PrefillProfile, SparsityProfile, Sums
 from .prompts import Example
 from .tasks import exact_matches, score
 from .variants import Variant
@@ -76,6 +76,16 @@ def emulate(arm: Arm, ids: torch.Tensor, rows: int, *, equal: float | None = Non
             options = {"decode_rows": rows, "on_selection": profile.observe, "selector": selector}
         logits = model(ids, use_cache=False, logits_to_keep=rows, **options).logits[0]
     return Emulated(logits, profile)
+
+
+def profile_prefill(arm: Arm, ids: torch.Tensor) -> Sums:
+    """What the prefill of the prompt `ids` `[length]` reads (one forward); nothing where retrieval heads prefill dense."""
+    model, profile = arm.model, PrefillProfile()
+    with torch.inference_mode(), arm.variant.applied(model):
+        if arm.variant.mode == "sparse" and model.config.retrieval_prefill != "dense" and len(ids):
+            ids = ids.to(model.device).long()[None]
+            model(ids, use_cache=False, logits_to_keep=1, on_selection=profile.observe)
+    return profile.sums()
 
 
 def _visible(length: int, rows: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from .scoring import (
     emulate,
     generate_answers,
     passkey_rows,
+    profile_prefill,
     score_answer,
     score_passkey,
     score_text,
@@ -50,6 +51,9 @@ SPARSITY_FIGURES = (
     "kept_mass",
     "compute_sparsity",
     "memory_sparsity",
+    "prefill_read",
+    "prefill_kept_mass",
+    "prefill_kept_low",
 )
 _FULL_SIZE = 4096
 BATCH_TOKENS = 131_072
@@ -229,7 +233,10 @@ class Evaluation:
                 own = reference
                 if arm is not self.reference:
                     own = emulate(arm, ids, rows, equal=self._equal(arm, "text", "block", length, sample))
-                self.store.put(("text", "block", length, arm.name, sample), score_text(own, reference.logits, ids))
+                record = score_text(own, reference.logits, ids)
+                if "sparsity" in self.plan.suites:
+                    record = Record({**record.sums, **profile_prefill(arm, ids[: length - rows])}, record.heads)
+                self.store.put(("text", "block", length, arm.name, sample), record)
                 bar.update()
 
     def _passkey(self, length: int, bar) -> None:

@@ -1,6 +1,7 @@
 """Variants of one checkpoint as text: attention modes, overrides of the config, and other selectors.
 
     dense | streaming | headwise | sparse          attention modes
+    sparse_prefill                                 sparse, its prompt prefilled with one block list for each tile
     sparse:p=0.95+floor=128, headwise:window=2048  the same with other settings
     topk:256, topk:equal                           fixed top-k of the index scores
     oracle, oracle:0.95                            top-p of the true scores
@@ -17,11 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..kernels.indexed import Selector
+from ..modeling.configuration_rtpurbo import RETRIEVAL_PREFILL
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from . import selectors
 
 EQUAL = "equal"
 MODES = ("dense", "streaming", "headwise", "sparse")
+SPARSE_PREFILL = "sparse_prefill"
 SELECTORS = ("topk", "oracle", "quest", "int8")
 SETTINGS: dict[str, tuple[str, type]] = {
     "p": ("index_top_p", float),
@@ -122,6 +125,8 @@ def _overrides(name: str, mode: str, text: str) -> tuple[tuple[str, int | float 
         if key not in _OF_MODE[mode]:
             raise ValueError(f"variant {name!r}: {mode} has no setting {key!r}; it has {_OF_MODE[mode] or 'none'}")
         field, kind = SETTINGS[key]
+        if kind is str and value not in RETRIEVAL_PREFILL:
+            raise ValueError(f"variant {name!r}, {key}: expected one of {', '.join(RETRIEVAL_PREFILL)}, got {value!r}")
         found[field] = value if kind is str else _number(value, kind, f"variant {name!r}, {key}")
     return tuple(found.items())
 
@@ -151,8 +156,11 @@ def parse_variant(text: str) -> Variant:
     kind, colon, rest = name.partition(":")
     if kind in SELECTORS:
         return Variant(name, "sparse", selector=kind, budget=_budget(name, kind, rest))
+    if kind == SPARSE_PREFILL:
+        given = _overrides(name, "sparse", rest) if colon else ()
+        return Variant(name, "sparse", tuple({"retrieval_prefill": "sparse_tiled", **dict(given)}.items()))
     if kind not in MODES:
-        raise ValueError(f"no variant {name!r}; there are {', '.join((*MODES, *SELECTORS))}")
+        raise ValueError(f"no variant {name!r}; there are {', '.join((*MODES, SPARSE_PREFILL, *SELECTORS))}")
     return Variant(name, kind, _overrides(name, kind, rest) if colon else ())
 
 

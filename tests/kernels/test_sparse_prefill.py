@@ -9,7 +9,16 @@ from rtpurbo_hf.kernels import sparse_prefill
 from rtpurbo_hf.kernels.common import HAS_TRITON
 from rtpurbo_hf.kernels.dense import dense_attention_reference
 from rtpurbo_hf.kernels.sparse_prefill import sparse_prefill_attention
-from rtpurbo_hf.kernels.tile_blocks import BLOCK, GROUP, GROUPS, RECENT_BLOCKS, TILE, tile_blocks_reference
+from rtpurbo_hf.kernels.tile_blocks import (
+    BLOCK,
+    CELLS,
+    GROUP,
+    GROUPS,
+    MISSED,
+    RECENT_BLOCKS,
+    TILE,
+    tile_blocks_reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -164,29 +173,36 @@ def test_the_last_row_keeps_its_own_mass(length):
 
 
 def test_lists_hold_the_written_sets():
-    """One tile by hand: what is forced, and the smallest set of each group's mean query, over all its groups."""
+    """One tile by hand: what is forced, and the smallest set by the mean over groups of the blocks' shares."""
     case = Case(1500, group=3, top_p=0.55)
     arguments = inputs(case)
     listed = blocks(arguments)
     head, tile = 1, 8
     own = tile * TILE // BLOCK
     expected = {0, *range(own - RECENT_BLOCKS, own + TILE // BLOCK)}
-    forced = set(expected)
+    share = torch.zeros(own + TILE // BLOCK)
     key = arguments["index_key"][0, arguments["index_heads"][head]]
     for group in range(GROUPS):
         begin, stop = tile * TILE + group * GROUP, tile * TILE + (group + 1) * GROUP
         if group == GROUPS - 1:
             begin, stop = (tile + 1) * TILE - 1, (tile + 1) * TILE
         pooled = arguments["index_query"][0, head, begin:stop].mean(0)
-        weights = torch.softmax(key[:stop] @ pooled, 0)
-        weights = torch.nn.functional.pad(weights, (0, -len(weights) % BLOCK)).view(-1, BLOCK).sum(1)
-        held = sum(float(weights[j]) for j in forced if j < len(weights))
-        for j in weights.argsort(descending=True).tolist():
-            if held >= case.top_p:
-                break
-            if j not in forced:
-                expected.add(j)
-                held += float(weights[j])
+        size = torch.exp(key[:stop] @ pooled)
+        cells = [
+            [float(size[j * BLOCK + c : (j + 1) * BLOCK : CELLS].max()) for c in range(CELLS) if j * BLOCK + c < stop]
+            for j in range(-(-stop // BLOCK))
+        ]
+        whole = sum(map(sum, cells))
+        for j, block in enumerate(cells):
+            share[j] += sum(block) / whole / GROUPS
+    assert float(share.sum()) == pytest.approx(1, abs=1e-5)
+    held = float(share[list(expected)].sum())
+    for j in share.argsort(descending=True).tolist():
+        if held >= 1 - MISSED * (1 - case.top_p):
+            break
+        if j not in expected:
+            expected.add(j)
+            held += float(share[j])
     assert set(listed[0, head, tile].nonzero().flatten().tolist()) == expected
     assert len(expected) < own
 
