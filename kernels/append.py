@@ -1,6 +1,6 @@
 """Append of a decode step's tokens to the stores of the hybrid cache (PAPER section 1).
 
-    full store    [B, F, C, D]        slot-ordered: the token of slot t lies at t
+    full store    [B, F, C, D]        slot-ordered: the token of slot t lies at t; in 8 bits by `kv_quant.py`
     index store   [B, I, C, r]        slot-ordered; in 8 bits, one scale a token: x ~ scale * round(x / scale)
     window store  [B, W, S + R, D]    by logical position p: sinks p < S at p, the others at S + (p - S) % R
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .common import HAS_TRITON, starts, tl, triton, use_triton
+from .kv_quant import check_kv_scales, kv_limit, quantize_kv
 from .workspace import head_table
 
 INT8_MAX = 127.0
@@ -49,13 +50,20 @@ def append_step_reference(
     start: torch.Tensor | None,
     num_sinks: int,
     index_scale: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """The contract of `append_step`; reads `length` on the host."""
     batch, _, q_len, _ = key.shape
     end = int(length)
     full = [head for head, row in enumerate(full_slot) if row >= 0]
     window = [head for head, row in enumerate(window_slot) if row >= 0]
-    if full:
+    if key_scale is not None and value_scale is not None:
+        for head in full:  # one at a time: quantising takes several copies in fp32
+            at = (slice(None), full_slot[head], slice(end - q_len, end))
+            full_key[at], key_scale[at] = quantize_kv(key[:, head], full_key.dtype)
+            full_value[at], value_scale[at] = quantize_kv(value[:, head], full_value.dtype)
+    elif full:
         rows = [full_slot[head] for head in full]
         full_key[:, rows, end - q_len : end] = key[:, full].to(full_key.dtype)
         full_value[:, rows, end - q_len : end] = value[:, full].to(full_value.dtype)
@@ -84,11 +92,28 @@ def append_step_reference(
 if HAS_TRITON:
 
     @triton.jit
+    def _store_row(p_to, p_scale, b_row, o_dim, m_dim, KV_LIMIT: tl.constexpr):
+        """Store a row of K or V; with a limit as `quantize_kv` does: int8 up to 127, fp8 e4m3 up to 448."""
+        if KV_LIMIT > 0:
+            b_row = b_row.to(tl.float32)
+            top = tl.max(tl.where(m_dim, tl.abs(b_row), 0.0), 0)
+            # divisions as torch rounds them: what decode appends is what the prefill's reference would
+            scale = tl.minimum(tl.div_rn(top, top * 0.0 + KV_LIMIT), 65504.0).to(tl.float16)
+            tl.store(p_scale, scale)
+            b_row = tl.div_rn(b_row, o_dim * 0.0 + tl.maximum(scale.to(tl.float32), 1.1754943508222875e-38))
+            if KV_LIMIT == 127:
+                b_row = (b_row + 12582912.0) - 12582912.0
+            b_row = tl.minimum(tl.maximum(b_row, -KV_LIMIT), KV_LIMIT)
+        tl.store(p_to + o_dim, b_row.to(p_to.dtype.element_ty), mask=m_dim)
+
+    @triton.jit
     def append_head(
         p_key,
         p_value,
         p_full_key,
         p_full_value,
+        p_key_scale,
+        p_value_scale,
         p_window_key,
         p_window_value,
         p_tables,
@@ -111,6 +136,8 @@ if HAS_TRITON:
         stride_fvb,
         stride_fvh,
         stride_fvn,
+        stride_scb,
+        stride_sch,
         stride_wkb,
         stride_wkh,
         stride_wkn,
@@ -120,6 +147,7 @@ if HAS_TRITON:
         HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr,
         HAS_START: tl.constexpr,
+        KV_LIMIT: tl.constexpr,
     ):
         """Write K and V of one (batch, KV head, token) to its store."""
         i_token = i_item % q_len
@@ -133,10 +161,11 @@ if HAS_TRITON:
         i_full = tl.load(p_tables + i_head).to(tl.int64)
         i_window = tl.load(p_tables + num_kv_heads + i_head).to(tl.int64)
         if i_full >= 0:
+            o_scale = i_batch * stride_scb + i_full * stride_sch + slot
             p_to = p_full_key + i_batch * stride_fkb + i_full * stride_fkh + slot * stride_fkn
-            tl.store(p_to + o_dim, b_key.to(p_full_key.dtype.element_ty), mask=m_dim)
+            _store_row(p_to, p_key_scale + o_scale, b_key, o_dim, m_dim, KV_LIMIT)
             p_to = p_full_value + i_batch * stride_fvb + i_full * stride_fvh + slot * stride_fvn
-            tl.store(p_to + o_dim, b_value.to(p_full_value.dtype.element_ty), mask=m_dim)
+            _store_row(p_to, p_value_scale + o_scale, b_value, o_dim, m_dim, KV_LIMIT)
         if i_window >= 0:
             position = slot
             if HAS_START:
@@ -183,6 +212,8 @@ if HAS_TRITON:
         p_index_new,
         p_full_key,
         p_full_value,
+        p_key_scale,
+        p_value_scale,
         p_index_key,
         p_index_scale,
         p_window_key,
@@ -211,6 +242,8 @@ if HAS_TRITON:
         stride_fvb,
         stride_fvh,
         stride_fvn,
+        stride_scb,
+        stride_sch,
         stride_ib,
         stride_ih,
         stride_in,
@@ -229,6 +262,7 @@ if HAS_TRITON:
         BLOCK_R: tl.constexpr,
         INT8: tl.constexpr,
         HAS_START: tl.constexpr,
+        KV_LIMIT: tl.constexpr,
     ):
         """One program for each (batch, KV head, token), then one for each (batch, index row, token)."""
         i_item = tl.program_id(0)
@@ -239,6 +273,8 @@ if HAS_TRITON:
                 p_value,
                 p_full_key,
                 p_full_value,
+                p_key_scale,
+                p_value_scale,
                 p_window_key,
                 p_window_value,
                 p_tables,
@@ -261,6 +297,8 @@ if HAS_TRITON:
                 stride_fvb,
                 stride_fvh,
                 stride_fvn,
+                stride_scb,
+                stride_sch,
                 stride_wkb,
                 stride_wkh,
                 stride_wkn,
@@ -270,6 +308,7 @@ if HAS_TRITON:
                 HEAD_DIM,
                 BLOCK_D,
                 HAS_START,
+                KV_LIMIT,
             )
         else:
             i_item -= num_heads_items
@@ -305,6 +344,8 @@ def append_step(
     start: torch.Tensor | None,
     num_sinks: int,
     index_scale: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Write a decode step's M tokens to every store of one layer, in one launch, without a host synchronisation.
@@ -315,12 +356,14 @@ def append_step(
         full_slot, window_slot: for each KV head its row of the full or of the window store, -1 where it has none.
         length: int32 device tensor `[1]`: slots in use *after* the append. start: int `[B]` or None.
         num_sinks: S. index_scale: `[B, I, C]` when `index_key` is int8; the new tokens are quantised here.
+        key_scale, value_scale: fp16 `[B, F, C]` when the full stores are int8 or fp8; quantised here as well.
         backend: "auto" (Triton for half precision on CUDA), "triton" or "reference".
 
     Raises:
         ValueError: shapes that do not fit.
     """
     check_append(key, value, index_key_new, full_key, index_key, window_key, full_slot, window_slot, index_scale)
+    check_kv_scales(full_key, full_value, key_scale, value_scale)
     if not use_triton(backend, key):
         append_step_reference(
             key,
@@ -337,6 +380,8 @@ def append_step(
             start=start,
             num_sinks=num_sinks,
             index_scale=index_scale,
+            key_scale=key_scale,
+            value_scale=value_scale,
         )
         return
     batch, kv_heads, q_len, head_dim = key.shape
@@ -350,6 +395,8 @@ def append_step(
         new,
         full_key,
         full_value,
+        full_key if key_scale is None else key_scale,
+        full_value if value_scale is None else value_scale,
         index_key,
         scale,
         window_key,
@@ -368,6 +415,7 @@ def append_step(
         *new.stride()[:3],
         *full_key.stride()[:3],
         *full_value.stride()[:3],
+        *((0, 0) if key_scale is None else key_scale.stride()[:2]),
         *index_key.stride()[:3],
         *scale.stride()[:3],
         *window_key.stride()[:3],
@@ -378,6 +426,7 @@ def append_step(
         BLOCK_R=triton.next_power_of_2(index_key.shape[3]),
         INT8=index_scale is not None,
         HAS_START=start is not None,
+        KV_LIMIT=kv_limit(full_key),
         num_warps=1,
     )
 

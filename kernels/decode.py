@@ -4,7 +4,8 @@
 
 `T_h(m)` is the selected set of a retrieval head (`score_select.py`), or, for a local head, the sinks and the
 window: n <= m and (m - n < window or n < num_sinks), in logical positions. The stores are those of `append.py`: a
-local head whose KV head lies in the full store reads its sinks and window there, the others read the ring.
+local head whose KV head lies in the full store reads its sinks and window there, the others read the ring. A full store
+in 8 bits (`kv_quant.py`) is read as it is: a key's scale multiplies its score, a value's scale its weight.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ import torch
 from .append import append_step, check_append
 from .common import HAS_TRITON, masked_softmax, row_tiles, soft_cap, starts, tl, triton, use_triton
 from .decode_ops import compiled_decode_step, set_eager_step
+from .kv_quant import check_kv_scales
 from .launches import launch_options
 from .score_select import NewTokens, Selection, check_select, launch_select, select_top_p
 from .workspace import DecodeWorkspace, head_table, num_processors, tile_rows
 
 
-def _gather(store: torch.Tensor, rows: list[int], slots: torch.Tensor) -> torch.Tensor:
+def _gather(
+    store: torch.Tensor, rows: list[int], slots: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """fp32 `[B, n, L, D]`: `slots` (`[B, L]` or `[B, n, L]`) of the listed rows of a store `[B, H, C, D]`."""
     if slots.dim() == 2:
         slots = slots[:, None].expand(-1, len(rows), -1)
     b = torch.arange(store.shape[0], device=store.device)[:, None, None]
-    return store[b, torch.tensor(rows, device=store.device)[None, :, None], slots].float()
+    picked = b, torch.tensor(rows, device=store.device)[None, :, None], slots
+    states = store[picked].float()
+    return states if scale is None else states * scale[picked].float()[..., None]
 
 
 def _window_positions(
@@ -66,6 +72,8 @@ def decode_attention_reference(
     out: torch.Tensor,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The contract of `decode_attention`, in fp32; reads `length` and the counts on the host."""
     batch, num_heads, q_len, _ = query.shape
@@ -79,11 +87,12 @@ def decode_attention_reference(
     position = torch.where(seen.any(1), position, 0)
     ring = max(window_key.shape[2] - num_sinks, 1)
     in_ring = torch.where(position < num_sinks, position, num_sinks + (position - num_sinks) % ring)
+    full, window_store = (full_key, full_value, key_scale, value_scale), (window_key, window_value, None, None)
     places = (
-        (full_key, full_value, full_slot, (position + first_slot[:, None]).clamp(0, max(end - 1, 0))),
-        (window_key, window_value, window_slot, in_ring.clamp(0, max(window_key.shape[2] - 1, 0))),
+        (full, full_slot, (position + first_slot[:, None]).clamp(0, max(end - 1, 0))),
+        (window_store, window_slot, in_ring.clamp(0, max(window_key.shape[2] - 1, 0))),
     )
-    for store_key, store_value, table, slots in places:
+    for (store_key, store_value, scale_key, scale_value), table, slots in places:
         kv_heads = [
             kv for kv, row in enumerate(table) if row >= 0 and any(kv * group + g not in chosen for g in range(group))
         ]
@@ -93,12 +102,13 @@ def decode_attention_reference(
         heads = [kv * group + g for kv in kv_heads for g in range(group)]
         local = [i for i, head in enumerate(heads) if head not in chosen]
         q = query[:, heads].float().reshape(batch, len(rows), group * q_len, -1)
-        scores = soft_cap(torch.matmul(q, _gather(store_key, rows, slots).transpose(-1, -2)) * scale, softcap)
+        k = _gather(store_key, rows, slots, scale_key)
+        scores = soft_cap(torch.matmul(q, k.transpose(-1, -2)) * scale, softcap)
         scores = scores.reshape(batch, len(heads), q_len, -1)
         logits = None if sink_logits is None else sink_logits[heads]
         weights = masked_softmax(scores, seen[:, None], sink_logits=logits)
         weights = weights.reshape(batch, len(rows), group * q_len, -1)
-        tile = torch.matmul(weights, _gather(store_value, rows, slots))
+        tile = torch.matmul(weights, _gather(store_value, rows, slots, scale_value))
         tile = tile.reshape(batch, len(heads), q_len, -1)[:, local].transpose(1, 2)
         out[:, :, [heads[i] for i in local]] = tile.to(out.dtype)
 
@@ -120,8 +130,8 @@ def decode_attention_reference(
             mask = listed.repeat_interleave(block_size, -1) & (slots <= q_slots[:, None])
             slots = torch.where(mask, slots, 0)
             shape = (batch, len(heads), slots.shape[2], slots.shape[3], -1)
-            k = _gather(full_key, full_rows, slots.flatten(2)).reshape(shape)
-            v = _gather(full_value, full_rows, slots.flatten(2)).reshape(shape)
+            k = _gather(full_key, full_rows, slots.flatten(2), key_scale).reshape(shape)
+            v = _gather(full_value, full_rows, slots.flatten(2), value_scale).reshape(shape)
             q = query[:, heads, tile_rows].float()
             scores = soft_cap(torch.matmul(k, q[..., None])[..., 0] * scale, softcap)
             weights = masked_softmax(scores, mask, sink_logits=logits)
@@ -158,10 +168,102 @@ if HAS_TRITON:
         tl.store(p_out + o_target[:, None] + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
 
     @triton.jit
+    def _attend_tokens(
+        p_key,
+        p_value,
+        p_key_scale,
+        p_value_scale,
+        p_list,
+        b_query,
+        b_q_pos,
+        first_step,
+        stop_step,
+        item_tokens,
+        listed_tokens,
+        is_local,
+        real,
+        sinks,
+        low,
+        turn_pos,
+        shift,
+        turned_shift,
+        sink_shift,
+        reach,
+        num_sinks,
+        stride_kn,
+        stride_vn,
+        scale,
+        softcap,
+        HEAD_DIM: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK: tl.constexpr,
+        STAGES: tl.constexpr,
+        HAS_SOFTCAP: tl.constexpr,
+        QUANTISED: tl.constexpr,
+    ):
+        """Running maximum, sum and output of a tile of query rows over a part of an item's tokens, from one store."""
+        LOG2E: tl.constexpr = 1.4426950408889634
+        o_n = tl.arange(0, BLOCK_N)
+        o_dim = tl.arange(0, BLOCK_D)
+        m_dim = o_dim < HEAD_DIM
+        b_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        for i_step in tl.range(first_step, stop_step, num_stages=STAGES):
+            o_token = i_step * BLOCK_N + o_n
+            m_token = o_token < item_tokens
+            b_block = tl.load(p_list + o_token // BLOCK, mask=o_token < listed_tokens, other=0)
+            b_near = tl.where(o_token < sinks, o_token, low - sinks + o_token)
+            b_pos = tl.where(is_local, b_near, b_block * BLOCK + o_token % BLOCK)
+            # the window passes the end of the ring once at most
+            b_shift = tl.where(b_pos < turn_pos, shift, turned_shift)
+            b_slot = (b_pos + tl.where(b_pos < num_sinks, sink_shift, b_shift)).to(tl.int64)
+            m_token = m_token & (b_pos < real)
+            m_load = m_token[:, None] & m_dim[None, :]
+            # [BLOCK_N, BLOCK_D]
+            b_key = tl.load(p_key + b_slot[:, None] * stride_kn + o_dim[None, :], mask=m_load, other=0.0)
+            # [BLOCK_M, BLOCK_N]
+            if QUANTISED:
+                b_key_scale = tl.load(p_key_scale + b_slot, mask=m_token, other=0.0).to(tl.float32)
+                b_score = tl.dot(b_query, tl.trans(b_key.to(b_query.dtype)), input_precision="ieee")
+                b_score *= b_key_scale[None, :] * scale
+            else:
+                b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale
+            if HAS_SOFTCAP:
+                # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+                b_score = softcap * (1.0 - 2.0 / (tl.exp2(b_score * (2.0 * LOG2E) / softcap) + 1.0))
+            b_score *= LOG2E
+            b_distance = b_q_pos[:, None] - b_pos[None, :]
+            m_near = (b_distance < reach) | (b_pos < num_sinks)[None, :]
+            m_seen = (b_distance >= 0) & m_near & m_token[None, :]
+            b_new = tl.maximum(b_max, tl.max(tl.where(m_seen, b_score, -1e30), 1))
+            b_weight = tl.where(m_seen, tl.exp2(b_score - b_new[:, None]), 0.0)
+            b_keep = tl.exp2(b_max - b_new)
+            b_sum = b_sum * b_keep + tl.sum(b_weight, 1)
+            # [BLOCK_N, BLOCK_D]
+            b_value = tl.load(p_value + b_slot[:, None] * stride_vn + o_dim[None, :], mask=m_load, other=0.0)
+            b_out = b_out * b_keep[:, None]
+            if QUANTISED:
+                # 8-bit values are exact in the query's dtype; of the scales only the largest of the tile is left out
+                b_value_scale = tl.load(p_value_scale + b_slot, mask=m_token, other=0.0).to(tl.float32)
+                top_scale = tl.max(b_value_scale, 0)
+                b_weight *= (b_value_scale / tl.maximum(top_scale, 1e-30))[None, :]
+                b_tile = tl.dot(b_weight.to(b_query.dtype), b_value.to(b_query.dtype), input_precision="ieee")
+                b_out += b_tile * top_scale
+            else:
+                b_out = tl.dot(b_weight.to(b_value.dtype), b_value, b_out, input_precision="ieee")
+            b_max = b_new
+        return b_max, b_sum, b_out
+
+    @triton.jit
     def _decode_attention_kernel(
         p_query,
         p_full_key,
         p_full_value,
+        p_full_key_scale,
+        p_full_value_scale,
         p_window_key,
         p_window_value,
         p_indices,
@@ -192,6 +294,8 @@ if HAS_TRITON:
         stride_fvb,
         stride_fvh,
         stride_fvn,
+        stride_scb,
+        stride_sch,
         stride_wkb,
         stride_wkh,
         stride_wkn,
@@ -220,6 +324,7 @@ if HAS_TRITON:
         HAS_SOFTCAP: tl.constexpr,
         HAS_SINK_LOGITS: tl.constexpr,
         STAGES: tl.constexpr,
+        QUANTISED: tl.constexpr,
     ):
         """One flat row of work units (BLOCK_N keys each), cut into `num_shares` equal contiguous shares.
 
@@ -235,7 +340,6 @@ if HAS_TRITON:
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        LOG2E: tl.constexpr = 1.4426950408889634
         length = tl.load(p_length).to(tl.int32)
         p_retrieval = p_tables + 3 * num_local
         p_is_local = p_retrieval + 2 * num_retrieval
@@ -266,7 +370,6 @@ if HAS_TRITON:
         end_unit = tl.where(i_cta < num_ctas, end_unit, i_unit)
 
         o_m = tl.arange(0, BLOCK_M)
-        o_n = tl.arange(0, BLOCK_N)
         o_dim = tl.arange(0, BLOCK_D)
         m_dim = o_dim < HEAD_DIM
         if not PARTIAL:
@@ -304,7 +407,15 @@ if HAS_TRITON:
                 begin = tl.load(p_start + i_batch).to(tl.int32)
             i_far = i_batch.to(tl.int64)
             i_store = i_store.to(tl.int64)
-            if in_ring:
+            if QUANTISED:
+                # the stores differ in type: each has a loop of its own below
+                p_key_scale = p_full_key_scale + i_far * stride_scb + i_store * stride_sch
+                p_value_scale = p_full_value_scale + i_far * stride_scb + i_store * stride_sch
+                p_ring_key = p_window_key + i_far * stride_wkb + i_store * stride_wkh
+                p_ring_value = p_window_value + i_far * stride_wvb + i_store * stride_wvh
+                p_key = p_full_key + i_far * stride_fkb + i_store * stride_fkh
+                p_value = p_full_value + i_far * stride_fvb + i_store * stride_fvh
+            elif in_ring:
                 p_key = p_window_key + i_far * stride_wkb + i_store * stride_wkh
                 p_value = p_window_value + i_far * stride_wvb + i_store * stride_wvh
                 stride_kn = tl.cast(stride_wkn, tl.int64)
@@ -336,41 +447,117 @@ if HAS_TRITON:
             o_q = i_far * stride_qb + o_head[:, None] * stride_qh + o_query[:, None] * stride_qm + o_dim[None, :]
             b_query = tl.load(p_query + o_q, mask=m_rows[:, None] & m_dim[None, :], other=0.0)
 
-            b_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
-            b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-            b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
             first_step = tl.maximum(i_unit - item_first - LEAD, 0)
-            for i_step in tl.range(first_step, stop_unit - item_first - LEAD, num_stages=STAGES):
-                o_token = i_step * BLOCK_N + o_n
-                m_token = o_token < item_tokens
-                b_block = tl.load(p_list + o_token // BLOCK, mask=o_token < listed_tokens, other=0)
-                b_near = tl.where(o_token < sinks, o_token, low - sinks + o_token)
-                b_pos = tl.where(is_local, b_near, b_block * BLOCK + o_token % BLOCK)
-                # the window passes the end of the ring once at most
-                b_shift = tl.where(b_pos < turn_pos, shift, turned_shift)
-                b_slot = (b_pos + tl.where(b_pos < num_sinks, sink_shift, b_shift)).to(tl.int64)
-                m_token = m_token & (b_pos < real)
-                m_load = m_token[:, None] & m_dim[None, :]
-                # [BLOCK_N, BLOCK_D]
-                b_key = tl.load(p_key + b_slot[:, None] * stride_kn + o_dim[None, :], mask=m_load, other=0.0)
-                # [BLOCK_M, BLOCK_N]
-                b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale
-                if HAS_SOFTCAP:
-                    # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-                    b_score = softcap * (1.0 - 2.0 / (tl.exp2(b_score * (2.0 * LOG2E) / softcap) + 1.0))
-                b_score *= LOG2E
-                b_distance = b_q_pos[:, None] - b_pos[None, :]
-                m_near = (b_distance < reach) | (b_pos < num_sinks)[None, :]
-                m_seen = (b_distance >= 0) & m_near & m_token[None, :]
-                b_new = tl.maximum(b_max, tl.max(tl.where(m_seen, b_score, -1e30), 1))
-                b_weight = tl.where(m_seen, tl.exp2(b_score - b_new[:, None]), 0.0)
-                b_keep = tl.exp2(b_max - b_new)
-                b_sum = b_sum * b_keep + tl.sum(b_weight, 1)
-                # [BLOCK_N, BLOCK_D]
-                b_value = tl.load(p_value + b_slot[:, None] * stride_vn + o_dim[None, :], mask=m_load, other=0.0)
-                b_out = b_out * b_keep[:, None]
-                b_out = tl.dot(b_weight.to(b_value.dtype), b_value, b_out, input_precision="ieee")
-                b_max = b_new
+            stop_step = stop_unit - item_first - LEAD
+            if QUANTISED:
+                if in_ring:
+                    b_max, b_sum, b_out = _attend_tokens(
+                        p_ring_key,
+                        p_ring_value,
+                        p_key_scale,
+                        p_value_scale,
+                        p_list,
+                        b_query,
+                        b_q_pos,
+                        first_step,
+                        stop_step,
+                        item_tokens,
+                        listed_tokens,
+                        is_local,
+                        real,
+                        sinks,
+                        low,
+                        turn_pos,
+                        shift,
+                        turned_shift,
+                        sink_shift,
+                        reach,
+                        num_sinks,
+                        tl.cast(stride_wkn, tl.int64),
+                        tl.cast(stride_wvn, tl.int64),
+                        scale,
+                        softcap,
+                        HEAD_DIM,
+                        BLOCK_M,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK,
+                        STAGES,
+                        HAS_SOFTCAP,
+                        False,
+                    )
+                else:
+                    b_max, b_sum, b_out = _attend_tokens(
+                        p_key,
+                        p_value,
+                        p_key_scale,
+                        p_value_scale,
+                        p_list,
+                        b_query,
+                        b_q_pos,
+                        first_step,
+                        stop_step,
+                        item_tokens,
+                        listed_tokens,
+                        is_local,
+                        real,
+                        sinks,
+                        low,
+                        turn_pos,
+                        shift,
+                        turned_shift,
+                        sink_shift,
+                        reach,
+                        num_sinks,
+                        tl.cast(stride_fkn, tl.int64),
+                        tl.cast(stride_fvn, tl.int64),
+                        scale,
+                        softcap,
+                        HEAD_DIM,
+                        BLOCK_M,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK,
+                        STAGES,
+                        HAS_SOFTCAP,
+                        True,
+                    )
+            else:
+                b_max, b_sum, b_out = _attend_tokens(
+                    p_key,
+                    p_value,
+                    p_full_key_scale,
+                    p_full_value_scale,
+                    p_list,
+                    b_query,
+                    b_q_pos,
+                    first_step,
+                    stop_step,
+                    item_tokens,
+                    listed_tokens,
+                    is_local,
+                    real,
+                    sinks,
+                    low,
+                    turn_pos,
+                    shift,
+                    turned_shift,
+                    sink_shift,
+                    reach,
+                    num_sinks,
+                    stride_kn,
+                    stride_vn,
+                    scale,
+                    softcap,
+                    HEAD_DIM,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK,
+                    STAGES,
+                    HAS_SOFTCAP,
+                    False,
+                )
 
             if PARTIAL:
                 whole = stop_unit - i_unit == item_units
@@ -532,6 +719,8 @@ def decode_attention(
     out: torch.Tensor,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -552,6 +741,7 @@ def decode_attention(
         block_size: of the selection. scale: of q . k.
         out: `[B, M, Hq, D]`, written whole.
         softcap: of the scores, or None. sink_logits: `[Hq]`, learned logits in the denominator, or None.
+        key_scale, value_scale: fp16 `[B, F, C]` when the full stores are int8 or fp8, else None.
         workspace, backend: as in `select_top_p`.
 
     Returns:
@@ -561,6 +751,7 @@ def decode_attention(
         ValueError: shapes that do not fit, or a workspace that is too small.
     """
     _check_attend(query, full_key, window_key, selection, retrieval_heads, full_slot, window_slot, out)
+    check_kv_scales(full_key, full_value, key_scale, value_scale)
     if not use_triton(backend, query):
         return decode_attention_reference(
             query,
@@ -581,6 +772,8 @@ def decode_attention(
             out=out,
             softcap=softcap,
             sink_logits=sink_logits,
+            key_scale=key_scale,
+            value_scale=value_scale,
         )
     batch, num_heads, q_len, head_dim = query.shape
     group = num_heads // len(full_slot)
@@ -621,6 +814,8 @@ def decode_attention(
         query,
         full_key,
         full_value,
+        full_key if key_scale is None else key_scale,
+        full_value if value_scale is None else value_scale,
         window_key,
         window_value,
         indices,
@@ -645,6 +840,7 @@ def decode_attention(
         *query.stride()[:3],
         *full_key.stride()[:3],
         *full_value.stride()[:3],
+        *((0, 0) if key_scale is None else key_scale.stride()[:2]),
         *window_key.stride()[:3],
         *window_value.stride()[:3],
         *out.stride()[:3],
@@ -666,6 +862,7 @@ def decode_attention(
         "HAS_SOFTCAP": softcap is not None,
         "HAS_SINK_LOGITS": sink_logits is not None,
         "STAGES": _ATTEND_CONFIG["stages"],
+        "QUANTISED": key_scale is not None,
         "num_warps": _ATTEND_CONFIG["warps"] if block_m <= 32 else 8,
         "maxnreg": _ATTEND_CONFIG["registers"],
     }
@@ -711,6 +908,8 @@ def decode_step(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
     index_scale: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -750,6 +949,8 @@ def decode_step(
             softcap=softcap,
             sink_logits=sink_logits,
             index_scale=index_scale,
+            key_scale=key_scale,
+            value_scale=value_scale,
             workspace=workspace,
             backend=backend,
         )
@@ -758,6 +959,7 @@ def decode_step(
         if index_query is None or index_key_new is None:
             raise ValueError("a layer with retrieval heads needs index_query and index_key_new, got None")
         check_append(key, value, index_key_new, full_key, index_key, window_key, full_slot, window_slot, index_scale)
+        check_kv_scales(full_key, full_value, key_scale, value_scale)
         check_select(index_query, index_key, index_heads, block_size)
         selection = launch_select(
             index_query,
@@ -780,6 +982,8 @@ def decode_step(
                 window_value,
                 full_slot + window_slot,
                 num_sinks,
+                key_scale,
+                value_scale,
             ),
         )
     else:
@@ -798,6 +1002,8 @@ def decode_step(
             start=start,
             num_sinks=num_sinks,
             index_scale=index_scale,
+            key_scale=key_scale,
+            value_scale=value_scale,
             backend=backend,
         )
         if retrieval_heads:
@@ -833,6 +1039,8 @@ def decode_step(
         out=out,
         softcap=softcap,
         sink_logits=sink_logits,
+        key_scale=key_scale,
+        value_scale=value_scale,
         workspace=workspace,
         backend=backend,
     )

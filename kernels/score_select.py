@@ -15,6 +15,7 @@ import torch
 
 from .append import append_head, append_index
 from .common import HAS_TRITON, starts, tl, triton, use_triton
+from .kv_quant import kv_limit
 from .launches import launch_options
 from .top_p import index_scores_reference, top_p_set_reference
 from .workspace import HISTOGRAM_BINS, HISTOGRAM_SPAN, DecodeWorkspace, head_table, num_processors
@@ -32,6 +33,8 @@ class NewTokens(NamedTuple):
     window_value: torch.Tensor
     tables: tuple[int, ...]
     num_sinks: int
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
 
 
 class Selection(NamedTuple):
@@ -469,6 +472,8 @@ if HAS_TRITON:
         p_new_index,
         p_full_key,
         p_full_value,
+        p_key_scale,
+        p_value_scale,
         p_window_key,
         p_window_value,
         p_tables,
@@ -509,6 +514,8 @@ if HAS_TRITON:
         stride_fvb,
         stride_fvh,
         stride_fvn,
+        stride_scb,
+        stride_sch,
         stride_wkb,
         stride_wkh,
         stride_wkn,
@@ -540,6 +547,7 @@ if HAS_TRITON:
         APPEND: tl.constexpr,
         HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        KV_LIMIT: tl.constexpr,
     ):
         """Two phases, a launch each. SCORE: CTA (query row, split) scores its share of the keys. COMPACT: it
         lists the selected units of that share, once the whole row is scored.
@@ -563,6 +571,8 @@ if HAS_TRITON:
                         p_new_value,
                         p_full_key,
                         p_full_value,
+                        p_key_scale,
+                        p_value_scale,
                         p_window_key,
                         p_window_value,
                         p_tables,
@@ -585,6 +595,8 @@ if HAS_TRITON:
                         stride_fvb,
                         stride_fvh,
                         stride_fvn,
+                        stride_scb,
+                        stride_sch,
                         stride_wkb,
                         stride_wkh,
                         stride_wkn,
@@ -594,6 +606,7 @@ if HAS_TRITON:
                         HEAD_DIM,
                         BLOCK_D,
                         HAS_START,
+                        KV_LIMIT,
                     )
             return
         i_query = i_row % q_len
@@ -902,8 +915,10 @@ def launch_select(
     # without an append the rest of the arguments is never read
     key = value = new_index = full_key = full_value = window_key = window_value = index_key
     tables, kv_items, kv_heads, num_sinks = index_heads, 0, 1, 0
+    key_scale = value_scale = None
     if new_tokens is not None:
-        key, value, new_index, full_key, full_value, window_key, window_value, tables, num_sinks = new_tokens
+        key, value, new_index, full_key, full_value, window_key, window_value, tables, num_sinks = new_tokens[:9]
+        key_scale, value_scale = new_tokens.key_scale, new_tokens.value_scale
         kv_heads = key.shape[1]
         kv_items = batch * kv_heads * q_len
     arguments = (
@@ -926,6 +941,8 @@ def launch_select(
         new_index,
         full_key,
         full_value,
+        full_key if key_scale is None else key_scale,
+        full_value if value_scale is None else value_scale,
         window_key,
         window_value,
         head_table(tables, device),
@@ -956,6 +973,7 @@ def launch_select(
         *new_index.stride()[:3],
         *full_key.stride()[:3],
         *full_value.stride()[:3],
+        *((0, 0) if key_scale is None else key_scale.stride()[:2]),
         *window_key.stride()[:3],
         *window_value.stride()[:3],
     )
@@ -982,6 +1000,7 @@ def launch_select(
         "APPEND": new_tokens is not None,
         "HEAD_DIM": key.shape[3],
         "BLOCK_D": triton.next_power_of_2(key.shape[3]),
+        "KV_LIMIT": 0.0 if key_scale is None else kv_limit(full_key),
         "num_warps": _SCORE_CONFIG["warps"],
         "maxnreg": _SCORE_CONFIG["registers"],
     }

@@ -8,6 +8,7 @@ import torch
 
 from rtpurbo_hf.kernels.append import append_step_reference
 from rtpurbo_hf.kernels.indexed import indexed_attention_reference
+from rtpurbo_hf.kernels.kv_quant import KV_DTYPES, rounded_kv
 from rtpurbo_hf.kernels.sink_window import sink_window_attention_reference
 
 
@@ -30,6 +31,7 @@ class Case:
     capacity: int | None = None
     ring: int | None = None
     int8: bool = False
+    kv: str | None = None
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     seed: int = 0
@@ -71,8 +73,13 @@ class Case:
             return empty.fill_(float("nan")) if dtype.is_floating_point else empty.fill_(77)
 
         full, local = len(with_retrieval), len(others)
-        self.full_key = store(batch, full, capacity, self.head_dim)
-        self.full_value = store(batch, full, capacity, self.head_dim)
+        full_dtype = self.dtype if self.kv is None else KV_DTYPES[self.kv]
+        self.full_key = store(batch, full, capacity, self.head_dim, dtype=full_dtype)
+        self.full_value = store(batch, full, capacity, self.head_dim, dtype=full_dtype)
+        self.key_scale = self.value_scale = None
+        if self.kv is not None:
+            self.key_scale = store(batch, full, capacity, dtype=torch.float16)
+            self.value_scale = store(batch, full, capacity, dtype=torch.float16)
         self.window_key = store(batch, local, self.num_sinks + ring, self.head_dim)
         self.window_value = store(batch, local, self.num_sinks + ring, self.head_dim)
         index_dtype = torch.int8 if self.int8 else self.dtype
@@ -82,6 +89,16 @@ class Case:
 
     def stores(self) -> tuple[torch.Tensor, ...]:
         return (self.full_key, self.full_value, self.index_key, self.window_key, self.window_value)
+
+    def scales(self) -> dict[str, torch.Tensor | None]:
+        return {"key_scale": self.key_scale, "value_scale": self.value_scale}
+
+    def as_stored(self, states: torch.Tensor) -> torch.Tensor:
+        """Keys or values `[B, Hkv, N, D]` as the stores give them back."""
+        if self.kv is None:
+            return states
+        in_full = torch.tensor([slot >= 0 for slot in self.full_slot], device=self.device)[:, None, None]
+        return torch.where(in_full, rounded_kv(states, KV_DTYPES[self.kv]), states)
 
     def step_inputs(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = slice(first, last)
@@ -103,6 +120,7 @@ class Case:
                 start=self.start,
                 num_sinks=self.num_sinks,
                 index_scale=self.index_scale,
+                **self.scales(),
             )
             first = last
 
@@ -129,6 +147,7 @@ class Case:
             "block_size": 1,
             "scale": self.head_dim**-0.5,
             "out": self.empty_output(),
+            **self.scales(),
         } | changes
 
     def empty_output(self) -> torch.Tensor:
@@ -156,6 +175,7 @@ class Case:
         """The whole step from the sequence itself, by the references of the prefill, in fp32."""
         heads = self.kv_heads * self.groups
         out = self.empty_output().float()
+        key, value = self.as_stored(self.key), self.as_stored(self.value)
         common = {"scale": self.head_dim**-0.5, "out": out, "start": self.start}
         common |= {"softcap": softcap, "sink_logits": sink_logits}
         local = torch.tensor(
@@ -164,8 +184,8 @@ class Case:
         if local.numel():
             sink_window_attention_reference(
                 self.query,
-                self.key,
-                self.value,
+                key,
+                value,
                 heads=local,
                 kv_heads=local // self.groups,
                 window=self.window,
@@ -177,8 +197,8 @@ class Case:
             chosen = torch.tensor(self.retrieval_heads, device=self.device)
             indexed_attention_reference(
                 self.query,
-                self.key,
-                self.value,
+                key,
+                value,
                 self.index_query,
                 self.index_keys,
                 heads=chosen,

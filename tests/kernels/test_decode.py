@@ -5,6 +5,7 @@ import torch
 from decode_case import Case, relative_error
 
 from rtpurbo_hf.kernels.decode import decode_attention, decode_attention_reference, decode_step
+from rtpurbo_hf.kernels.kv_quant import dequantize_kv
 from rtpurbo_hf.kernels.score_select import Selection, select_top_p, select_top_p_reference
 from rtpurbo_hf.kernels.workspace import DecodeWorkspace
 
@@ -35,6 +36,11 @@ CASES = {
     "short ring, no wrap": {"length": 20, "ring": 20, "num_sinks": 2},
     "no sinks": {"length": 77, "num_sinks": 0},
     "window of 1": {"length": 77, "window": 1, "q_len": 3},
+    "int8": {"length": 111, "q_len": 3, "batch": 3, "padding": (0, 7, 30), "groups": 3, "kv": "int8"},
+    "int8, no ring": {"length": 70, "kv_heads": 2, "retrieval_heads": (0, 3), "head_dim": 96, "kv": "int8"},
+    "int8, no retrieval heads": {"length": 33, "retrieval_heads": (), "kv": "int8"},
+    "fp8": {"length": 111, "q_len": 3, "batch": 3, "padding": (0, 7, 30), "groups": 3, "kv": "fp8"},
+    "fp8, wrapped often": {"length": 1000, "groups": 4, "retrieval_heads": (0, 2, 3), "kv": "fp8"},
 }
 
 
@@ -77,8 +83,9 @@ def test_whole_step_through_the_kernels() -> None:
     assert relative_error(out, case.oracle(top_p=1.0)) < 1e-5
 
 
-def test_half_against_fp32() -> None:
-    case = Case(150, dtype=torch.float16, groups=4, head_dim=64)
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+def test_half_against_fp32(kv: str | None) -> None:
+    case = Case(150, dtype=torch.float16, groups=4, head_dim=64, kv=kv)
     case.fill()
     selection = select(case)
     arguments = case.attend_arguments()
@@ -149,6 +156,7 @@ STEPS = {
     "int8": {"length": 90, "q_len": 2, "int8": True},
     "no retrieval heads": {"length": 50, "retrieval_heads": ()},
     "first token": {"length": 1},
+    "K/V int8": {"length": 111, "q_len": 3, "batch": 2, "padding": (30, 0), "kv": "int8"},
 }
 
 
@@ -176,10 +184,10 @@ def test_decode_step_is_its_three_operations(case: dict, top_p: float) -> None:
             )
         )
     for name, got, expected in zip(
-        ("full_key", "full_value", "index_key", "window_key", "window_value"),
-        ours.stores(),
-        theirs.stores(),
-        strict=True,
+        ("full_key", "full_value", "index_key", "window_key", "window_value", "key_scale", "value_scale"),
+        (*ours.stores(), *(scale for scale in ours.scales().values() if scale is not None)),
+        (*theirs.stores(), *(scale for scale in theirs.scales().values() if scale is not None)),
+        strict=False,
     ):
         assert torch.equal(got.nan_to_num(55.0), expected.nan_to_num(55.0)), name
     if top_p == 1.0 or ours.length == 1:
@@ -198,8 +206,9 @@ def test_decode_step_is_its_three_operations(case: dict, top_p: float) -> None:
         assert relative_error(results[0], expected) < 1e-5
 
 
-def test_decode_step_under_torch_compile() -> None:
-    case = Case(60, q_len=2, batch=2, padding=(5, 0))
+@pytest.mark.parametrize("kv", [None, "int8"])
+def test_decode_step_under_torch_compile(kv: str | None) -> None:
+    case = Case(60, q_len=2, batch=2, padding=(5, 0), kv=kv)
     workspace = DecodeWorkspace(
         batch=2,
         retrieval_heads=2,
@@ -221,7 +230,10 @@ def test_decode_step_under_torch_compile() -> None:
         return decode_step(*given, **(arguments | {"out": out})) + 0.0
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(case.query, case.empty_output())
-    assert torch.equal(case.full_key[:, :, 58:60], case.key[:, [0, 1], 58:60])
+    written = case.full_key[:, :, 58:60]
+    if case.key_scale is not None:
+        written = dequantize_kv(written, case.key_scale[:, :, 58:60], torch.float32)
+    assert torch.equal(written, case.as_stored(case.key)[:, [0, 1], 58:60])
     expected = case.oracle()
     real = case.real_rows()
     assert relative_error(compiled[real], expected[real]) < 1e-5
