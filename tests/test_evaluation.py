@@ -385,7 +385,7 @@ def test_against_the_dense_base(checkpoint, tmp_path):
     settings = {"sliding_window": 32, "base_model_name_or_path": str(tmp_path / "base")}
     model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[0], [1]], **settings)
     model.save_pretrained(tmp_path / "adapter", adapter_only=True)
-    small_tokenizer().save_pretrained(tmp_path / "base")
+    small_tokenizer().save_pretrained(tmp_path / "adapter")
     arguments = ["--compare", "base", "--suite", "ppl", "--lengths", "256", "--rows", "16", "--blocks", "2"]
     always = ["eval", str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--data", str(checkpoint / "texts")]
     done = CliRunner().invoke(app, [*always, "--device", "cpu", *arguments], catch_exceptions=False)
