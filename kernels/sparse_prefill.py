@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ from .common import HAS_TRITON, index_tensor, masked_softmax, row_tiles, soft_ca
 from .custom_op import define_op, needs_grad
 from .sink_window import check_attention_inputs
 from .sink_window_hopper import tma_ready
+from .sparse_gradient import Lists, as_lists, sparse_attention_with_gradient
 from .tile_blocks import BLOCK, GROUPS, TILE, tile_blocks_reference, tile_range
 
 try:
@@ -98,6 +100,29 @@ def pieces(q_len: int, *, q_start: int, rows: int) -> Iterator[slice]:
         end = min((tile_range(q_start + begin, 1)[0] + tiles) * TILE - q_start, q_len)
         yield slice(begin, end)
         begin = end
+
+
+def piece_lists(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    *,
+    index_heads: torch.Tensor,
+    q_start: int,
+    start: torch.Tensor | None,
+    fused: bool,
+    **selection: float,
+) -> Lists:
+    """(rows, lists, counts) of the prompt, piece by piece; `fused`: by the Triton kernels.
+
+    `selection`: `top_p`, `min_tokens` and `num_sinks`. Memory is bounded at any length.
+    """
+    options: dict = selection | {"index_heads": index_heads, "start": start}
+    for rows in pieces(index_query.shape[2], q_start=q_start, rows=index_query.shape[0] * index_query.shape[1]):
+        options["q_start"] = q_start + rows.start
+        if fused:
+            yield rows, *select_tile_blocks(index_query[:, :, rows], index_key, **options)
+        else:
+            yield rows, *as_lists(tile_blocks_reference(index_query[:, :, rows], index_key, **options))
 
 
 if HAS_TRITON:
@@ -339,18 +364,18 @@ if HAS_TRITON:
         on_device, kv_on_device, index_on_device = (
             index_tensor(tuple(listed), query.device) for listed in (heads, kv_heads, index_heads)
         )
-        for rows in pieces(query.shape[2], q_start=q_start, rows=query.shape[0] * len(heads)):
-            begin = q_start + rows.start
-            indices, counts = select_tile_blocks(
-                index_query[:, :, rows],
-                index_key,
-                index_heads=index_on_device,
-                top_p=top_p,
-                min_tokens=min_tokens,
-                num_sinks=num_sinks,
-                q_start=begin,
-                start=start,
-            )
+        lists = piece_lists(
+            index_query,
+            index_key,
+            index_heads=index_on_device,
+            top_p=top_p,
+            min_tokens=min_tokens,
+            num_sinks=num_sinks,
+            q_start=q_start,
+            start=start,
+            fused=True,
+        )
+        for rows, indices, counts in lists:
             _attend_lists(
                 query[:, :, rows],
                 key,
@@ -361,7 +386,7 @@ if HAS_TRITON:
                 kv_on_device,
                 scale,
                 out[:, rows],
-                begin,
+                q_start + rows.start,
                 start,
                 softcap,
                 sink_logits,
@@ -415,7 +440,8 @@ def sparse_prefill_attention(
         on_selection: called per tile of rows with (rows, selected mask, valid mask, exact weights without selection);
             for measurements only: the reference runs, and computes the dense weights as well.
 
-    The Triton kernels are forward only: where a gradient is asked for, the reference runs.
+    Gradients reach query, key, value and sink_logits, in memory linear in the length (`sparse_gradient.py`), but not
+    the index: lists are constants.
 
     Returns:
         `out`.
@@ -443,8 +469,18 @@ def sparse_prefill_attention(
         raise ValueError(f"expected 0 < top_p <= 1, min_tokens >= 0 and num_sinks >= 0, got {given}")
     if query.numel() == 0 or count == 0:
         return out
-    triton_fits = query.shape[3] <= 256 and not needs_grad(query, key, value, sink_logits, out)
-    if on_selection is None and triton_fits and use_triton(backend, query):
+    fused = on_selection is None and query.shape[3] <= 256 and use_triton(backend, query)
+    index_rows = index_tensor(tuple(index_heads), query.device)
+    if on_selection is None and needs_grad(query, key, value, sink_logits, out):
+        selection = {"top_p": top_p, "min_tokens": min_tokens, "num_sinks": num_sinks, "q_start": q_start}
+        where = {"heads": tuple(heads), "kv_heads": tuple(kv_heads), "scale": scale, "softcap": softcap}
+        attend = partial(sparse_prefill_attention, index_heads=index_heads, backend=backend, **selection, **where)
+        lists = partial(piece_lists, index_heads=index_rows, fused=fused, **selection)
+        return sparse_attention_with_gradient(
+            query, key, value, index_query, index_key, out=out, sink_logits=sink_logits, attend=attend, lists=lists,
+            q_start=q_start, start=start, **where,
+        )  # fmt: skip
+    if fused:
         _sparse_prefill_op(
             query,
             key,
@@ -473,7 +509,7 @@ def sparse_prefill_attention(
         index_key,
         heads=index_tensor(tuple(heads), query.device),
         kv_heads=index_tensor(tuple(kv_heads), query.device),
-        index_heads=index_tensor(tuple(index_heads), query.device),
+        index_heads=index_rows,
         top_p=top_p,
         min_tokens=min_tokens,
         num_sinks=num_sinks,

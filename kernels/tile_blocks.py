@@ -1,12 +1,12 @@
 """Which key blocks a tile of prefill queries reads (beyond the paper: the index selects for prefill rows as well).
 
-Queries are cut into tiles of `TILE` slots and keys into blocks of `BLOCK` slots, both counted from slot 0. The rows
-of a tile that share `GROUP` aligned slots are represented by the mean of their index queries, iq(g); the tile's last
-row is one more group of its own, since after the last row of a prompt comes the answer. A block's keys are dealt out
-to `CELLS` cells, slot n to cell n % CELLS, and each cell counts as its best key: with
+Queries are cut into tiles of `TILE` slots and keys into blocks of `BLOCK` slots, both counted from slot 0. A tile is
+represented by the last of each `GROUP` aligned rows, with their own index queries iq(m); the tile's last row is one of
+them, also where a prompt ends inside a tile, and counts twice, since after the last row of a prompt comes the answer.
+A block's keys are dealt out to `CELLS` cells, slot n to cell n % CELLS, and each cell counts as its best key: with
 
-    size_g(j) = sum over cells c of exp(max of iq(g) . ik(n) over the keys n of cell c of block j)
-    mass(j)   = mean over the groups g of size_g(j) / sum_i size_g(i)          n real, n <= last row of group g
+    size_m(j) = sum over cells c of exp(max of iq(m) . ik(n) over the keys n of cell c of block j)     n real, n <= m
+    mass(j)   = weighted mean over the representing rows m of size_m(j) / sum_i size_m(i)
 
 the list of a tile of one head is
 
@@ -15,10 +15,9 @@ the list of a tile of one head is
                `min_tokens` slots. Blocks that tie with the last one all enter.
 
 That is a relaxation of the token-wise contract (`top_p.py`), where each row's own set reaches p: the mass is promised
-to the tile on average, a row may miss what only it and few others ask for. No block that holds more than
-`MISSED * (1 - p)` of the tile's mass is left out: with nine groups and p = 0.9, none that holds 54 % of the mass of
-one group, the last row among them. `MISSED` makes up for what rows lose to the average (docs/sparse_prefill.md has
-the figures).
+to the representing rows on average, and a row may miss what only it and few others ask for. A block that holds more
+than `MISSED * (1 - p)` of the average is never left out: with p = 0.9 none that holds 60 % of the last row's mass. Why
+rows and not their mean query, and why `MISSED`: docs/sparse_prefill.md has the figures.
 
 A row never attends to later keys, but which earlier blocks it reads depends on the later rows of its tile: a prompt
 that ends inside a tile and its continuation in one forward may differ in that tile's rows.
@@ -35,11 +34,11 @@ import torch.nn.functional as F
 
 from .common import HAS_TRITON, row_tiles, starts, tl, triton
 
-TILE, BLOCK, GROUP, RECENT_BLOCKS = 128, 64, 16, 2
+TILE, BLOCK, GROUP, RECENT_BLOCKS = 128, 64, 8, 2
+# representing rows of a tile
+GROUPS = TILE // GROUP
 # of a block, each counted as its best key; and of the mass that p lets a row miss, what a tile may miss on average
-CELLS, MISSED = 8, 0.6
-# groups of a tile: those of GROUP rows, and the last row
-GROUPS = TILE // GROUP + 1
+CELLS, MISSED = 8, 0.7
 
 
 def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
@@ -48,28 +47,16 @@ def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
     return first, -(-(q_start + q_len) // TILE) - first
 
 
-def pool_index_queries(index_query: torch.Tensor, *, q_start: int, start: torch.Tensor | None) -> torch.Tensor:
-    """One query for each group, of its real rows: `[B, n, M, r]` to `[B, n, tiles * GROUPS, r]`, in the same dtype."""
-    batch, heads, q_len, dim = index_query.shape
-    first_tile, tiles = tile_range(q_start, q_len)
-    before = q_start - first_tile * TILE
-    after = tiles * TILE - before - q_len
-    slots = torch.arange(q_start, q_start + q_len, device=index_query.device)
-    real = (slots >= starts(start, batch, index_query.device)[:, None]).float()
-    rows = F.pad(index_query.float() * real[:, None, :, None], (0, 0, before, after))
-    count = F.pad(real, (before, after)).view(batch, 1, tiles, GROUPS - 1, GROUP).sum(-1)
-    total = rows.view(batch, heads, tiles, GROUPS - 1, GROUP, dim).sum(4)
-    means = (total / count.clamp_min(1)[..., None]).to(index_query.dtype)
-    last = (torch.arange(1, tiles + 1, device=index_query.device) * TILE - before).clamp_max(q_len) - 1
-    return torch.cat([means, index_query[:, :, last, None]], 3).flatten(2, 3)
+def representing_rows(q_start: int, q_len: int, device: torch.device) -> torch.Tensor:
+    """Slot of each tile's representing rows, int64 `[tiles, GROUPS]`; groups beyond the end give the last slot."""
+    first, tiles = tile_range(q_start, q_len)
+    group = torch.arange(first * GROUPS, (first + tiles) * GROUPS, device=device).view(tiles, GROUPS)
+    return ((group + 1) * GROUP).clamp_max(q_start + q_len) - 1
 
 
-def _group_rows(tiles: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots [begin, stop) of the rows of each group of the numbered tiles, `[tiles * GROUPS]` each."""
-    begin = torch.arange(0, TILE, GROUP, device=tiles.device) + tiles[:, None] * TILE
-    last = ((tiles + 1) * TILE).clamp_max(end)[:, None]
-    begin, stop = torch.cat([begin, last - 1], 1), torch.cat([(begin + GROUP).clamp_max(end), last], 1)
-    return begin.flatten(), stop.flatten()
+def _sampled(index_query: torch.Tensor, rows: torch.Tensor, q_start: int) -> torch.Tensor:
+    """`[B, n, tiles * GROUPS, r]` of `[B, n, M, r]`; groups before `q_start` give row 0."""
+    return index_query[:, :, (rows.flatten() - q_start).clamp_min(0)]
 
 
 def _forced_and_earlier(tiles: torch.Tensor, blocks: int, first: torch.Tensor, end: int, num_sinks: int):
@@ -109,29 +96,33 @@ def tile_blocks_reference(
     first = starts(start, batch, device)
     first_tile, tiles = tile_range(q_start, q_len)
     blocks = -(-end // BLOCK)
-    pooled = pool_index_queries(index_query, q_start=q_start, start=start).float()
+    rows = representing_rows(q_start, q_len, device)
+    queries = _sampled(index_query, rows, q_start).float()
+    # a group lives if it holds real rows of this call
+    numbers = torch.arange(tiles, device=device) + first_tile
+    begin = numbers[:, None] * TILE + torch.arange(0, TILE, GROUP, device=device)
+    alive = (begin < end) & (rows >= q_start) & (rows >= first[:, None, None])
+    last = (numbers + 1).mul(TILE).clamp_max(end) - 1
+    weight = (alive * (1.0 + (rows == last[:, None])))[:, None, :, :, None]
     keys = index_key[:, index_heads, :end].float()
     slots = torch.arange(end, device=device)
     chosen = torch.empty(batch, heads, tiles, blocks, dtype=torch.bool, device=device)
-    for piece in row_tiles(tiles, GROUPS * batch * heads * end):
-        groups = slice(piece.start * GROUPS, piece.stop * GROUPS)
-        numbers = torch.arange(piece.start, piece.stop, device=device) + first_tile
-        begin, stop = _group_rows(numbers, end)
-        valid = (slots < stop[:, None]) & (slots >= first[:, None, None])
-        scores = torch.matmul(pooled[:, :, groups], keys.transpose(-1, -2)).masked_fill(~valid[:, None], -torch.inf)
+    for part in row_tiles(tiles, GROUPS * batch * heads * end):
+        valid = (slots <= rows[part, :, None]) & (slots >= first[:, None, None, None])
+        scores = torch.matmul(queries[:, :, part.start * GROUPS : part.stop * GROUPS], keys.transpose(-1, -2))
+        scores = scores.unflatten(2, (-1, GROUPS)).masked_fill(~valid[:, None], -torch.inf)
         scores = F.pad(scores, (0, blocks * BLOCK - end), value=-torch.inf)
-        best = scores.view(batch, heads, -1, blocks, BLOCK // CELLS, CELLS).amax(4)
-        mass = torch.softmax(best.flatten(3), -1).nan_to_num(0.0).view(best.shape).sum(-1)
-        alive = ((begin < end) & (stop > first[:, None].clamp_min(q_start))).view(batch, 1, -1, GROUPS, 1)
-        # [B, n, tiles, blocks]
-        mass = mass.view(batch, heads, -1, GROUPS, blocks).mul(alive).sum(3) / alive.sum(3).clamp_min(1)
-        forced, earlier = (part[:, None] for part in _forced_and_earlier(numbers, blocks, first, end, num_sinks))
-        chosen[:, :, piece] = forced | _smallest_set(mass, forced, earlier, tile_p(top_p), -(-min_tokens // BLOCK))
+        # [B, n, tiles, groups, blocks, CELLS]
+        best = scores.unflatten(-1, (blocks, BLOCK // CELLS, CELLS)).amax(-2)
+        mass = torch.softmax(best.flatten(-2), -1).nan_to_num(0.0).view(best.shape).sum(-1)
+        mass = (mass * weight[:, :, part]).sum(3) / weight[:, :, part].sum(3).clamp_min(1)
+        forced, earlier = (mask[:, None] for mask in _forced_and_earlier(numbers[part], blocks, first, end, num_sinks))
+        chosen[:, :, part] = forced | _smallest_set(mass, forced, earlier, tile_p(top_p), -(-min_tokens // BLOCK))
     return chosen
 
 
 def tile_p(top_p: float) -> float:
-    """The mass that a tile's list must hold, mean over its groups."""
+    """The mass that a tile's list must hold, mean over its representing rows."""
     return 1.0 - MISSED * (1.0 - top_p)
 
 
@@ -181,7 +172,7 @@ if HAS_TRITON:
         STEPS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """log2 of each block's size, for BLOCK_G pooled queries and STEPS * COLUMNS blocks."""
+        """log2 of each block's size, for BLOCK_G representing rows and STEPS * COLUMNS blocks."""
         i_g = tl.program_id(0)
         i_split = tl.program_id(1)
         i_row = tl.program_id(2)
@@ -195,10 +186,8 @@ if HAS_TRITON:
         o_c = tl.arange(0, COLUMNS)
         m_g = o_g < groups
         m_r = o_r < DIM
-        # keys below `limit` are in sight of the group
-        parts: tl.constexpr = TILE_ROWS // GROUP_ROWS
-        part = tl.minimum(o_g % (parts + 1) + 1, parts)
-        limit = tl.minimum((first_tile + o_g // (parts + 1)) * TILE_ROWS + part * GROUP_ROWS, end)
+        # keys below `limit` are in sight of the row
+        limit = tl.minimum(first_tile * TILE_ROWS + (o_g + 1) * GROUP_ROWS, end)
         low = tl.min(limit, 0)
         high = tl.max(tl.where(m_g, limit, 0), 0)
         o_row = i_row.to(tl.int64) * groups + o_g
@@ -257,6 +246,7 @@ if HAS_TRITON:
         HAS_START: tl.constexpr,
         HAS_FLOOR: tl.constexpr,
         SIZE: tl.constexpr,
+        CHUNK: tl.constexpr,
         TILE_ROWS: tl.constexpr,
         GROUP_ROWS: tl.constexpr,
         BLOCK_N: tl.constexpr,
@@ -279,21 +269,21 @@ if HAS_TRITON:
         forced = tl.sum(m_forced.to(tl.int32), 0)
         parts: tl.constexpr = TILE_ROWS // GROUP_ROWS
         i_tile = i_row.to(tl.int64) * tiles + i_t
-        # [SIZE], the sum of the groups' masses, and how many there are
+        # [SIZE], the sum of the rows' shares, and of their weights
         b_sum = tl.zeros([SIZE], tl.float32)
-        alive = tl.zeros([], tl.float32)
-        for i_g in tl.range(0, parts + 1):
-            # the last group is the tile's last row
-            rows = tl.where(i_g < parts, begin + i_g * GROUP_ROWS, stop - 1)
-            rows_end = tl.where(i_g < parts, rows + GROUP_ROWS, stop)
-            if (rows < end) & (rows_end > tl.maximum(first, q_start)):
+        weights = tl.zeros([], tl.float32)
+        for i_g in tl.range(0, parts):
+            rows = begin + i_g * GROUP_ROWS
+            rows_end = tl.minimum(rows + GROUP_ROWS, stop)
+            if (rows < stop) & (rows_end > tl.maximum(first, q_start)):
                 # [SIZE]
-                b_mass = tl.load(p_mass + (i_tile * (parts + 1) + i_g) * blocks + o_j, mask=m_seen, other=float("-inf"))
+                b_mass = tl.load(p_mass + (i_tile * parts + i_g) * blocks + o_j, mask=m_seen, other=float("-inf"))
                 b_mass = tl.exp2(b_mass - tl.maximum(tl.max(b_mass, 0), -1.0e30))
                 total = tl.sum(b_mass, 0)
-                b_sum += b_mass * (1.0 / tl.where(total == 0.0, 1.0, total))
-                alive += 1.0
-        b_sum = b_sum * (1.0 / tl.maximum(alive, 1.0))
+                weight = tl.where(rows_end == stop, 2.0, 1.0)
+                b_sum += b_mass * (weight / tl.where(total == 0.0, 1.0, total))
+                weights += weight
+        b_sum = b_sum * (1.0 / tl.maximum(weights, 1.0))
         goal = goal_p * tl.sum(b_sum, 0) - tl.sum(tl.where(m_forced, b_sum, 0.0), 0)
         b_sum = tl.where(m_early, b_sum, -1.0)
         # bisection over the bits of the level, to 1 part in 8000; everything is below the upper end
@@ -308,10 +298,23 @@ if HAS_TRITON:
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle)
         low = tl.where(goal_p >= 1.0, 0, low)
-        b_taken = m_forced.to(tl.int32) | (b_sum >= low.to(tl.float32, bitcast=True)).to(tl.int32)
-        o_rank = tl.cumsum(b_taken, 0) - 1
-        tl.store(p_indices + i_tile * blocks + o_rank, o_j, mask=b_taken > 0)
-        tl.store(p_counts + i_tile, tl.sum(b_taken, 0))
+        # ranks chunk by chunk: a prefix sum over all blocks would not fit into registers; the shares wait in the
+        # tile's first row of masses, which has been read
+        p_shares = p_mass + i_tile * parts * blocks
+        tl.store(p_shares + o_j, b_sum, mask=o_j < blocks)
+        tl.debug_barrier()
+        level = low.to(tl.float32, bitcast=True)
+        count = tl.zeros([], tl.int32)
+        for i_c in tl.range(0, (stop + CHUNK * BLOCK_N - 1) // (CHUNK * BLOCK_N)):
+            o_c = i_c * CHUNK + tl.arange(0, CHUNK)
+            m_list = (o_c * BLOCK_N < stop) & ((o_c + 1) * BLOCK_N > first)
+            m_kept = ((o_c * BLOCK_N < first + num_sinks) & (num_sinks > 0)) | (o_c >= begin // BLOCK_N - RECENT)
+            b_share = tl.load(p_shares + o_c, mask=m_list, other=-1.0)
+            b_taken = (m_list & (m_kept | (b_share >= level))).to(tl.int32)
+            o_rank = count + tl.cumsum(b_taken, 0) - 1
+            tl.store(p_indices + i_tile * blocks + o_rank, o_c, mask=b_taken > 0)
+            count += tl.sum(b_taken, 0)
+        tl.store(p_counts + i_tile, count)
 
     def select_tile_blocks(
         index_query: torch.Tensor,
@@ -332,7 +335,7 @@ if HAS_TRITON:
         device, end = index_query.device, q_start + q_len
         first_tile, tiles = tile_range(q_start, q_len)
         blocks, groups = triton.cdiv(end, BLOCK), tiles * GROUPS
-        pooled = pool_index_queries(index_query, q_start=q_start, start=start).contiguous()
+        sampled = _sampled(index_query, representing_rows(q_start, q_len, device), q_start).contiguous()
         mass = torch.empty(batch, heads, groups, blocks, dtype=torch.float32, device=device)
         indices = torch.empty(batch, heads, tiles, blocks, dtype=torch.int32, device=device)
         counts = torch.empty(batch, heads, tiles, dtype=torch.int32, device=device)
@@ -340,7 +343,7 @@ if HAS_TRITON:
         grid = (triton.cdiv(groups, block_g), triton.cdiv(blocks, columns * steps), batch * heads)
         with torch.cuda.device_of(index_query):
             _block_mass_kernel[grid](
-                pooled,
+                sampled,
                 index_key,
                 index_heads,
                 start,
@@ -382,6 +385,7 @@ if HAS_TRITON:
                 HAS_START=start is not None,
                 HAS_FLOOR=min_tokens > 0,
                 SIZE=size,
+                CHUNK=min(size, 1024),
                 TILE_ROWS=TILE,
                 GROUP_ROWS=GROUP,
                 BLOCK_N=BLOCK,

@@ -483,14 +483,18 @@ class _Step:
         )  # fmt: skip
 
     def _tiled(self, out, key, value, index_key, kv_heads, *, q_start: int, rows: int | None = None) -> None:
+        """`rows`: so many first rows only."""
         config = self.layer.config
         # where some rows decode, they are what is observed: the rest then keeps to the fast kernels
         observe = self.state.on_selection if self.state.decode_rows is None else None
+        query, index_query = self.query, self.index_query
+        if rows is not None:
+            query, index_query, out = query[:, :, :rows], index_query[:, :, :rows], out[:, :rows]
         sparse_prefill_attention(
-            self.query[:, :, :rows],
+            query,
             key,
             value,
-            self.index_query[:, :, :rows],
+            index_query,
             index_key,
             heads=self.plan.retrieval,
             kv_heads=kv_heads,
@@ -498,7 +502,7 @@ class _Step:
             top_p=config.index_top_p,
             min_tokens=config.index_min_tokens,
             num_sinks=config.num_sink_tokens,
-            out=out[:, :rows],
+            out=out,
             q_start=q_start,
             start=self.state.start,
             backend=self.backend,

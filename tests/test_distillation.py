@@ -42,13 +42,13 @@ def wrapped(family="llama", heads=None, **options):
     return model
 
 
-def blocks(count=8, k=5, seed=3):
+def blocks(count=8, k=5, seed=3, length=LENGTH):
     """Items with different numbers of label rows, and a teacher that is the model's dense self."""
     generator = torch.Generator().manual_seed(seed)
     teacher, items = wrapped(), []
     for i in range(count):
-        ids = torch.randint(3, 97, (LENGTH,), generator=generator)
-        rows = torch.arange(40 + i, LENGTH - 1)
+        ids = torch.randint(3, 97, (length,), generator=generator)
+        rows = torch.arange(length - 24 + i, length - 1)
         with torch.no_grad(), teacher.attention_mode("dense"):
             top = teacher(ids[None], use_cache=False, logits_to_keep=rows).logits[0].topk(k, -1)
         pad = (0, 0, 0, i)
@@ -94,20 +94,24 @@ def gradients(trainer, model, items):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def plain_loss(items, chosen):
-    """The loss of the base's own eager attention under explicit masks: no operation of ours. And its gradients."""
+def plain_loss(items, chosen, prefill=None):
+    """The loss of the base's own eager attention under explicit masks: no operation of ours. And its gradients.
+
+    `chosen`, `prefill`: by item and layer, what retrieval heads see in label rows and in all others (None: all).
+    """
     base, total, count = tiny_base("llama"), 0.0, 0
     for i, item in enumerate(items):
         ids, rows = item["input_ids"], item["label_rows"][item["label_rows"] >= 0]
-        distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+        slots = torch.arange(len(ids))
+        distance = slots[:, None] - slots
         causal = distance >= 0
-        local = causal & ((distance < WINDOW) | (torch.arange(LENGTH) < SINKS))
+        local = causal & ((distance < WINDOW) | (slots < SINKS))
         handles = []
         for layer, module in enumerate(base.model.layers):
-            seen = local.expand(4, LENGTH, LENGTH).clone()
-            for head in HEADS[layer]:
-                seen[head] = causal
-                seen[head, rows] = chosen[i][layer][HEADS[layer].index(head)]
+            seen = local.expand(4, -1, -1).clone()
+            for place, head in enumerate(HEADS[layer]):
+                seen[head] = causal if prefill is None else prefill[i][layer][place]
+                seen[head, rows] = chosen[i][layer][place]
             bias = torch.zeros(seen.shape).masked_fill(~seen, -1e9)[None]
 
             def masked(_, args, kwargs, bias=bias):
@@ -145,6 +149,33 @@ def test_loss_and_gradients_equal_a_plain_masked_softmax(tmp_path):
     trainer = SelfDistillationTrainer(model, arguments(tmp_path, gradient_checkpointing=False), items)
     loss, ours = gradients(trainer, model, items)
     expected, reference = plain_loss(items, chosen)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert not any(".indexer." in name for name in ours)
+    for name, grad in reference.items():
+        assert (ours[f"model.{name}"] - grad).norm() <= 1e-4 * grad.norm() + 1e-9, name
+
+
+def test_tiled_prefill_trains_under_its_masks(tmp_path):
+    """With `retrieval_prefill="sparse_tiled"`: the loss and its gradients are those of the lists, spelled out."""
+    length = 420
+    model = wrapped(index_top_p=0.4, retrieval_prefill="sparse_tiled")
+    items = blocks(1, length=length)
+    ids, rows = items[0]["input_ids"][None], items[0]["label_rows"]
+    masks = []
+    for decode_rows in (torch.zeros(1, length, dtype=torch.bool).index_fill(1, rows, True), None):
+        found = {}
+
+        def note(layer, where, selected, valid, weights, found=found):
+            found[layer] = torch.cat([found[layer], selected[0]], 1) if layer in found else selected[0].clone()
+
+        model(ids, decode_rows=decode_rows, on_selection=note, use_cache=False)
+        masks.append([found])
+    assert {mask.shape[1] for mask in masks[1][0].values()} == {length}
+    assert all(mask[:, -1].float().mean() < 0.95 for mask in masks[1][0].values())
+    trainer = SelfDistillationTrainer(model, arguments(tmp_path), items)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, ours = gradients(trainer, model.train(), items)
+    expected, reference = plain_loss(items, *masks)
     assert loss == pytest.approx(expected, rel=1e-4)
     assert not any(".indexer." in name for name in ours)
     for name, grad in reference.items():

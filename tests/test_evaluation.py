@@ -114,6 +114,8 @@ def test_bootstrap_refuses_other_shapes():
         ("dens", "no variant 'dens'"),
         ("sparse:q=1", "no setting 'q'"),
         ("headwise:p=0.9", "headwise has no setting 'p'"),
+        ("sparse:prefill=tiled", "prefill: expected one of dense, sparse, sparse_tiled"),
+        ("sparse_prefill:q=1", "sparse has no setting 'q'"),
         ("sparse:p=high", "expected a number"),
         ("topk:0.5", "expected topk:tokens"),
         ("topk", "expected a number"),
@@ -139,6 +141,36 @@ def test_overrides_hold_only_meanwhile(model):
     with pytest.raises(ValueError, match="index_block_size"), parse_variant("sparse:block=5").applied(model):
         pass
     assert model.config.to_dict() == before
+
+
+def test_sparse_prefill_is_a_setting(model):
+    plain, tuned = (parse_variant(text) for text in ("sparse_prefill", "sparse_prefill:p=0.5"))
+    assert parse_variant("sparse:prefill=sparse_tiled").overrides == plain.overrides
+    assert plain.generates
+    assert not plain.is_checkpoint
+    with tuned.applied(model):
+        assert (model.config.retrieval_prefill, model.config.index_top_p) == ("sparse_tiled", 0.5)
+    assert model.config.retrieval_prefill == "dense"
+
+
+def test_sparse_prefill_against_sparse(checkpoint, tmp_path):
+    """The prefill's own figures, measured against dense prefill; p = 1 reads everything."""
+    plan = small_plan(suites=("kl", "sparsity"), lengths=(768,))
+    names = "sparse,sparse_prefill:p=0.3,sparse_prefill:p=1"
+    common = options(variants=parse_variants(names), data=str(checkpoint / "texts"), reference="sparse")
+    found = evaluate(str(checkpoint / "tiny"), tmp_path, plan, **common)
+    rows = {(row.task, row.variant): row.value for row in found.rows}
+    low, high = "sparse_prefill:p=0.3", "sparse_prefill:p=1"
+    assert found.meta["reference"] == "sparse"
+    assert rows["kl", "sparse"] == 0
+    assert rows["kl", low] > 0
+    assert 0.3 < rows["text/prefill_read", low] < 1
+    assert 0 < rows["text/prefill_kept_low", low] <= rows["text/prefill_kept_mass", low] < 1
+    assert rows["text/prefill_read", high] == 1
+    assert ("text/prefill_read", "sparse") not in rows
+    assert ("text/prefill_kept_mass", high) not in rows
+    with pytest.raises(ValueError, match="none of the variants: sparse"):
+        evaluate(str(checkpoint / "tiny"), tmp_path / "b", plan, **common | {"reference": "dense"})
 
 
 class Watch:

@@ -87,6 +87,21 @@ def test_observer_sees_decode_rows_alone_where_there_are_any(model, ids):
     assert seen == [5] * sum(bool(heads) for heads in model.config.retrieval_heads)
 
 
+@pytest.mark.parametrize("rows", [5, 16, 100])
+def test_emulated_decode_rows_follow_a_prefill_of_what_stands_before(ids, rows):
+    """`decode_rows=R` equals a prefill and R decode steps, wherever the prompt ends inside a tile."""
+    model = make(prefill="sparse_tiled", index_top_p=0.4, decode_max_queries=16)
+    found = logits(model, ids, use_cache=False, decode_rows=rows)
+    before = LENGTH - rows
+    with torch.no_grad():
+        cache = model(ids[:, :before], use_cache=True).past_key_values
+    steps = []
+    for begin in range(before, LENGTH, 16):
+        with torch.no_grad():
+            steps.append(model(ids[:, begin : begin + 16], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(found[:, before:], torch.cat(steps, 1), rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_flow(ids):
     model = make(prefill="sparse_tiled", index_top_p=0.4)
     model(ids, labels=ids).loss.backward()

@@ -124,7 +124,10 @@ class PrefillProfile:
         kept = torch.cat(self._kept).double() if self._kept else torch.empty(0)
         if kept.numel():
             low = kept.kthvalue(max(kept.numel() // 100, 1)).values
-            sums |= {"prefill_kept_mass": (float(kept.sum()), float(kept.numel())), "prefill_kept_low": (float(low), 1.0)}
+            sums |= {
+                "prefill_kept_mass": (float(kept.sum()), float(kept.numel())),
+                "prefill_kept_low": (float(low), 1.0),
+            }
         return sums
 
 

@@ -79,7 +79,7 @@ def emulate(arm: Arm, ids: torch.Tensor, rows: int, *, equal: float | None = Non
 
 
 def profile_prefill(arm: Arm, ids: torch.Tensor) -> Sums:
-    """What the prefill of the prompt `ids` `[length]` reads (one forward); nothing where retrieval heads prefill dense."""
+    """What the prefill of the prompt `ids` `[length]` reads, by one forward; nothing where it is dense."""
     model, profile = arm.model, PrefillProfile()
     with torch.inference_mode(), arm.variant.applied(model):
         if arm.variant.mode == "sparse" and model.config.retrieval_prefill != "dense" and len(ids):
