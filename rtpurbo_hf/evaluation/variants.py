@@ -2,6 +2,7 @@
 
     dense | streaming | headwise | sparse          attention modes
     sparse:p=0.95+floor=128, headwise:window=2048  the same with other settings
+    sparse:kv=int8                                 decode steps read K/V that retrieval heads share in 8 bits
     topk:256, topk:equal                           fixed top-k of the index scores
     oracle, oracle:0.95                            top-p of the true scores
     quest:0.9, quest:256, quest:equal              bounds on pages of 16 keys: by mass, or by tokens
@@ -29,6 +30,7 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "block": ("index_block_size", int),
     "window": ("sliding_window", int),
     "sinks": ("num_sink_tokens", int),
+    "kv": ("kv_cache_dtype", str),
 }
 _OF_MODE = {"dense": (), "streaming": ("window", "sinks"), "headwise": ("window", "sinks"), "sparse": tuple(SETTINGS)}
 
@@ -47,7 +49,7 @@ class Variant:
 
     name: str
     mode: str
-    overrides: tuple[tuple[str, int | float], ...] = ()
+    overrides: tuple[tuple[str, int | float | str], ...] = ()
     selector: str | None = None
     budget: int | float | str | None = None
 
@@ -107,21 +109,23 @@ class Variant:
                 setattr(config, field, value)
 
 
-def _number(text: str, kind: type, what: str) -> int | float:
+def _value(text: str, kind: type, what: str) -> int | float | str:
+    if kind is str:
+        return text
     try:
         return kind(text)
     except ValueError:
         raise ValueError(f"{what}: expected {'a number' if kind is float else 'an integer'}, got {text!r}") from None
 
 
-def _overrides(name: str, mode: str, text: str) -> tuple[tuple[str, int | float], ...]:
-    found: dict[str, int | float] = {}
+def _overrides(name: str, mode: str, text: str) -> tuple[tuple[str, int | float | str], ...]:
+    found: dict[str, int | float | str] = {}
     for part in text.split("+"):
         key, _, value = part.partition("=")
         if key not in _OF_MODE[mode]:
             raise ValueError(f"variant {name!r}: {mode} has no setting {key!r}; it has {_OF_MODE[mode] or 'none'}")
         field, kind = SETTINGS[key]
-        found[field] = _number(value, kind, f"variant {name!r}, {key}")
+        found[field] = _value(value, kind, f"variant {name!r}, {key}")
     return tuple(found.items())
 
 
@@ -132,7 +136,7 @@ def _budget(name: str, kind: str, text: str) -> int | float | str | None:
         raise ValueError(f"variant {name!r}: int8 takes no budget, it has the checkpoint's own")
     if text == EQUAL and kind != "oracle":
         return EQUAL
-    number = _number(text, float, f"variant {name!r}")
+    number = float(_value(text, float, f"variant {name!r}"))
     is_mass = 0 < number < 1 and kind != "topk"
     if not is_mass and not (kind != "oracle" and number >= 1 and number == int(number)):
         expected = {"topk": "tokens or 'equal'", "oracle": "a p below 1", "quest": "tokens, a p below 1, or 'equal'"}
