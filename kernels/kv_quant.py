@@ -15,6 +15,7 @@ import torch
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 KV_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SCALE_DTYPE = torch.float16
+TILE = 16_384
 
 
 def kv_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype | None:
@@ -55,8 +56,12 @@ def quantize_kv(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 
 def dequantize_kv(payload: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`[..., D]` of `dtype` from `quantize_kv`'s results: the product in fp32, rounded once."""
-    return (payload.float() * scale.float()[..., None]).to(dtype)
+    """`[..., N, D]` of `dtype` from `quantize_kv`'s results: the product in fp32 (`TILE` rows of it), rounded once."""
+    out = torch.empty(payload.shape, dtype=dtype, device=payload.device)
+    for first in range(0, payload.shape[-2], TILE):
+        rows = slice(first, first + TILE)
+        out[..., rows, :] = payload[..., rows, :].float() * scale[..., rows, None].float()
+    return out
 
 
 def rounded_kv(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

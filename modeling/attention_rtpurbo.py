@@ -8,7 +8,7 @@ norm); the function rotates them with the base's own code, updates the cache and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -18,7 +18,8 @@ from torch import nn
 from ..kernels.common import index_tensor, use_triton
 from ..kernels.decode import decode_attention, decode_step
 from ..kernels.dense import dense_attention
-from ..kernels.indexed import Selector, indexed_attention_reference
+from ..kernels.indexed import SelectionTile, Selector, indexed_attention_reference
+from ..kernels.kv_quant import dequantize_kv, kv_dtype, rounded_kv
 from ..kernels.rotate_step import rotate_step
 from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
@@ -28,6 +29,8 @@ from .families_rtpurbo import CACHE_ARGUMENT, Family, rotation, swaps_halves
 from .plan_rtpurbo import HeadPlan
 
 ATTENTION_NAME = "rtpurbo"
+# attention modes whose caches obey `kv_cache_dtype`
+QUANTISED_MODES = ("sparse", "headwise")
 
 
 @dataclass(frozen=True)
@@ -300,6 +303,26 @@ def _native_step(
     )
 
 
+@dataclass(frozen=True)
+class _FullPart:
+    """Keys and values `[B, F or 1, N, D]` of the full store, and who reads which of their rows.
+
+    `local` are query heads, `chosen` places in the plan's list of retrieval heads.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    local: tuple[int, ...]
+    local_rows: tuple[int, ...]
+    chosen: tuple[int, ...]
+    plan: HeadPlan
+
+    @property
+    def retrieval_rows(self) -> tuple[int, ...]:
+        rows = self.plan.retrieval_rows
+        return tuple(0 if self.key.shape[1] == 1 else rows[i] for i in self.chosen)
+
+
 @dataclass
 class _Step:
     """One layer's attention in one forward; each method fills `out` `[B, M, Hq, D]` for all heads."""
@@ -318,6 +341,13 @@ class _Step:
     def selects(self) -> bool:
         chosen = self.layer.config.index_top_p < 1.0 or self.state.selector is not None
         return self.plan.indexed and bool(self.plan.retrieval) and chosen
+
+    @property
+    def stored(self) -> torch.dtype | None:
+        """What decode steps read keys and values of the full store in; None: as they are."""
+        if self.state.is_dense or self.state.mode not in QUANTISED_MODES:
+            return None
+        return kv_dtype(self.layer.config.kv_cache_dtype)
 
     @property
     def backend(self) -> str:
@@ -360,34 +390,64 @@ class _Step:
             self._tiled(out, self.key, self.value, self.index_key, plan.retrieval_kv, q_start=0, rows=before)
         else:
             self._dense(out, self.key, self.value, plan.retrieval_kv, q_start=0)
-        if self.state.decode_rows is not None and self.selects:
+        emulates = self.selects or (self.stored is not None and self.index_query is not None)
+        if self.state.decode_rows is not None and emulates:
             self._decode_rows(out, self.state.decode_rows)
 
     def chunk(self, out: torch.Tensor, view) -> None:
         """A further piece of the prompt: earlier keys come from the cache."""
-        plan, length = self.plan, view.length
-        in_full = tuple(h for h in plan.local if plan.full_slot[plan.kv_head(h)] >= 0)
-        in_window = tuple(h for h in plan.local if h not in in_full)
-        full_key, full_value = view.full_key[:, :, :length], view.full_value[:, :, :length]
-        rows = tuple(plan.full_slot[plan.kv_head(h)] for h in in_full)
-        self._local(out, self.query, full_key, full_value, in_full, rows, q_start=view.q_start)
+        plan = self.plan
+        in_window = tuple(h for h in plan.local if plan.window_slot[plan.kv_head(h)] >= 0)
         rows = tuple(plan.window_slot[plan.kv_head(h)] for h in in_window)
         self._local(
             out, self.query, view.tail_key, view.tail_value, in_window, rows,
             q_start=view.q_start, kv_start=view.tail_start, sink_key=view.sink_key, sink_value=view.sink_value,
         )  # fmt: skip
-        if not plan.retrieval:
+        index_key = view.index_key[:, :, : view.length] if self.selects else None
+        for part in self._full_parts(view, fresh=True):
+            self._local(out, self.query, part.key, part.value, part.local, part.local_rows, q_start=view.q_start)
+            if not part.chosen:
+                continue
+            if self.retrieval_prefill == "sparse":
+                slots = torch.arange(view.q_start, view.length, device=self.query.device)
+                self._indexed(
+                    out, self.query, self.index_query, slots, part.key, part.value, index_key, part.retrieval_rows,
+                    part.chosen,
+                )  # fmt: skip
+            elif self.retrieval_prefill == "sparse_tiled":
+                self._tiled(
+                    out, part.key, part.value, index_key, part.retrieval_rows, part.chosen, q_start=view.q_start
+                )
+            else:
+                self._dense(out, part.key, part.value, part.retrieval_rows, part.chosen, q_start=view.q_start)
+
+    def _full_parts(self, view, *, fresh: bool) -> Iterator[_FullPart]:
+        """The full store's keys and values as attention reads them, with the query heads that do.
+
+        All at once; one KV head after the other where they have to be dequantised, so that no more than one head's are
+        held twice. `fresh`: this forward's own tokens stand in them as they came, not as they were stored.
+        """
+        plan, length = self.plan, view.length
+        shared = tuple(h for h in plan.local if plan.full_slot[plan.kv_head(h)] >= 0)
+        everyone = tuple(range(len(plan.retrieval)))
+        if view.key_scale is None:
+            rows = tuple(plan.full_slot[plan.kv_head(h)] for h in shared)
+            key, value = view.full_key[:, :, :length], view.full_value[:, :, :length]
+            yield _FullPart(key, value, shared, rows, everyone, plan)
             return
-        index_key = view.index_key[:, :, :length] if self.selects else None
-        if self.retrieval_prefill == "sparse":
-            slots = torch.arange(view.q_start, length, device=self.query.device)
-            self._indexed(
-                out, self.query, self.index_query, slots, full_key, full_value, index_key, plan.retrieval_rows
-            )
-        elif self.retrieval_prefill == "sparse_tiled":
-            self._tiled(out, full_key, full_value, index_key, plan.retrieval_rows, q_start=view.q_start)
-        else:
-            self._dense(out, full_key, full_value, plan.retrieval_rows, q_start=view.q_start)
+        for row, kv_head in enumerate(plan.full_kv):
+            states = []
+            for own, store, scale in (
+                (self.key, view.full_key, view.key_scale),
+                (self.value, view.full_value, view.value_scale),
+            ):
+                past = dequantize_kv(store[:, row : row + 1, :length], scale[:, row : row + 1, :length], own.dtype)
+                if fresh:
+                    past[:, :, view.q_start :] = own[:, kv_head : kv_head + 1]
+                states.append(past)
+            local = tuple(h for h in shared if plan.kv_head(h) == kv_head)
+            chosen = tuple(i for i in everyone if plan.retrieval_kv[i] == kv_head)
+            yield _FullPart(*states, local, (0,) * len(local), chosen, plan)
 
     def decode(self, out: torch.Tensor, view, cache) -> None:
         """A decode step over the stores of the cache."""
@@ -423,6 +483,8 @@ class _Step:
                 window=config.sliding_window,
                 num_sinks=config.num_sink_tokens,
                 out=out,
+                key_scale=view.key_scale,
+                value_scale=view.value_scale,
                 workspace=workspace,
                 backend=self.backend,
                 **self.options,
@@ -458,14 +520,17 @@ class _Step:
                 num_sinks=config.num_sink_tokens,
                 block_size=config.index_block_size,
                 out=out,
+                key_scale=view.key_scale,
+                value_scale=view.value_scale,
                 workspace=workspace,
                 backend=self.backend,
                 **self.options,
             )
         if plan.retrieval and not retrieval:
             # no selection: retrieval heads see everything (what was written for them above is overwritten)
-            key, value = view.full_key[:, :, : view.length], view.full_value[:, :, : view.length]
-            self._dense(out, key, value, plan.retrieval_rows, q_start=view.q_start)
+            for part in self._full_parts(view, fresh=False):
+                if part.chosen:
+                    self._dense(out, part.key, part.value, part.retrieval_rows, part.chosen, q_start=view.q_start)
 
     def _local(self, out, query, key, value, heads, kv_heads, **where) -> None:
         if heads:
@@ -476,18 +541,32 @@ class _Step:
                 **where, **self.options,
             )  # fmt: skip
 
-    def _dense(self, out, key, value, kv_heads, *, q_start: int) -> None:
+    def _heads(self, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Retrieval heads by their places in the plan's list; None: all of them."""
+        return self.plan.retrieval if chosen is None else tuple(self.plan.retrieval[i] for i in chosen)
+
+    def _dense(self, out, key, value, kv_heads, chosen=None, *, q_start: int) -> None:
         dense_attention(
-            self.query, key, value, heads=self.plan.retrieval, kv_heads=kv_heads, out=out, q_start=q_start,
+            self.query, key, value, heads=self._heads(chosen), kv_heads=kv_heads, out=out, q_start=q_start,
             start=self.state.start, backend=self.backend, **self.options,
         )  # fmt: skip
 
-    def _tiled(self, out, key, value, index_key, kv_heads, *, q_start: int, rows: int | None = None) -> None:
+    def _index(self, index_query: torch.Tensor, chosen: tuple[int, ...] | None) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Index queries of these retrieval heads, and the rows of the index store that they read."""
+        if chosen is None or len(chosen) == len(self.plan.retrieval):
+            return index_query, self.plan.index_heads
+        picked = index_query.index_select(1, index_tensor(chosen, index_query.device))
+        return picked, tuple(self.plan.index_heads[i] for i in chosen)
+
+    def _tiled(
+        self, out, key, value, index_key, kv_heads, chosen=None, *, q_start: int, rows: int | None = None
+    ) -> None:
         """`rows`: so many first rows only."""
         config = self.layer.config
         # where some rows decode, they are what is observed: the rest then keeps to the fast kernels
         observe = self.state.on_selection if self.state.decode_rows is None else None
-        query, index_query = self.query, self.index_query
+        query = self.query
+        index_query, index_heads = self._index(self.index_query, chosen)
         if rows is not None:
             query, index_query, out = query[:, :, :rows], index_query[:, :, :rows], out[:, :rows]
         sparse_prefill_attention(
@@ -496,9 +575,9 @@ class _Step:
             value,
             index_query,
             index_key,
-            heads=self.plan.retrieval,
+            heads=self._heads(chosen),
             kv_heads=kv_heads,
-            index_heads=self.plan.index_heads,
+            index_heads=index_heads,
             top_p=config.index_top_p,
             min_tokens=config.index_min_tokens,
             num_sinks=config.num_sink_tokens,
@@ -510,8 +589,11 @@ class _Step:
             **self.options,
         )
 
-    def _indexed(self, out, query, index_query, q_slots, key, value, index_key, kv_heads) -> None:
+    def _indexed(
+        self, out, query, index_query, q_slots, key, value, index_key, kv_heads, chosen=None, selector=None
+    ) -> None:
         config, device = self.layer.config, query.device
+        index_query, index_heads = self._index(index_query, chosen)
         observe = self.state.on_selection
         indexed_attention_reference(
             query,
@@ -519,9 +601,9 @@ class _Step:
             value,
             index_query,
             index_key,
-            heads=index_tensor(self.plan.retrieval, device),
+            heads=index_tensor(self._heads(chosen), device),
             kv_heads=index_tensor(kv_heads, device),
-            index_heads=index_tensor(self.plan.index_heads, device),
+            index_heads=index_tensor(index_heads, device),
             top_p=config.index_top_p,
             min_tokens=config.index_min_tokens,
             block_size=config.index_block_size,
@@ -529,7 +611,7 @@ class _Step:
             q_slots=q_slots,
             start=self.state.start,
             on_selection=None if observe is None else _for_layer(observe, self.layer.layer_idx),
-            selector=self.state.selector,
+            selector=selector or self.state.selector,
             **self.options,
         )
 
@@ -541,12 +623,54 @@ class _Step:
         index_query = self.index_query.gather(2, _expand(rows.index, self.index_query))
         tile = out.new_zeros(out.shape[0], rows.index.shape[1], out.shape[2], out.shape[3])
         # rows that do not count still need something to attend to; their result is dropped
+        key, value, heads = self.key, self.value, self.plan.retrieval
+        if self.stored is not None:
+            key, value = rounded_kv(key, self.stored), rounded_kv(value, self.stored)
+            heads += self._shared_rows(tile, query, index_query, rows.index, key, value)
+        everything = None if self.selects else _see_everything
         self._indexed(
-            tile, query, index_query, rows.index, self.key, self.value, self.index_key, self.plan.retrieval_kv
+            tile, query, index_query, rows.index, key, value, self.index_key, self.plan.retrieval_kv, None, everything
         )
-        heads = index_tensor(self.plan.retrieval, out.device)
+        index = index_tensor(heads, out.device)
         where = batch.expand_as(rows.index)[rows.counted], rows.index[rows.counted]
-        out[where[0][:, None], where[1][:, None], heads] = tile[rows.counted][:, heads]
+        out[where[0][:, None], where[1][:, None], index] = tile[rows.counted][:, index]
+
+    def _shared_rows(self, tile, query, index_query, slots, key, value) -> tuple[int, ...]:
+        """Rows `slots` `[B, R]` of the local heads that read the full store in a decode step; returns the heads."""
+        plan, config = self.plan, self.layer.config
+        heads = tuple(h for h in plan.local if plan.full_slot[plan.kv_head(h)] >= 0)
+
+        def near(seen: SelectionTile) -> torch.Tensor:
+            distance = seen.slots[:, None, :, None] - torch.arange(seen.key.shape[2], device=slots.device)
+            position = seen.slots[:, None, :, None] - distance
+            if seen.start is not None:
+                position = position - seen.start.to(slots.device)[:, None, None, None]
+            return seen.valid & ((distance < config.sliding_window) | (position < config.num_sink_tokens))
+
+        if heads:
+            indexed_attention_reference(
+                query,
+                key,
+                value,
+                index_query,
+                self.index_key,
+                heads=index_tensor(heads, slots.device),
+                kv_heads=index_tensor(tuple(plan.kv_head(h) for h in heads), slots.device),
+                index_heads=index_tensor(plan.index_heads, slots.device),
+                top_p=1.0,
+                min_tokens=0,
+                block_size=1,
+                out=tile,
+                q_slots=slots,
+                start=self.state.start,
+                selector=near,
+                **self.options,
+            )
+        return heads
+
+
+def _see_everything(tile: SelectionTile) -> torch.Tensor:
+    return tile.valid.expand_as(tile.scores)
 
 
 def _expand(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

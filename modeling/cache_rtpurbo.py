@@ -11,6 +11,7 @@ Layers of the base model that are not converted (native sliding windows, linear 
 transformers; in the static form native windows are rings as well (`NativeWindowLayer`). Lengths are Python integers;
 the stores grow by an eighth, so appending a token copies O(1) amortised.
 While a context is shorter than `dense_below`, the full store holds all KV heads; it is split up once it is longer.
+With `kv_cache_dtype` the full store is int8 or fp8 with fp16 scales (`kernels/kv_quant.py`), from the split on.
 The *static* form (`max_length`) allocates once, keeps its addresses and its length on the device: what CUDA graphs ask.
 """
 
@@ -23,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Linea
 
 from ..kernels.append import append_step
 from ..kernels.common import index_tensor, starts
+from ..kernels.kv_quant import SCALE_DTYPE, kv_dtype, quantize_kv
 from ..kernels.workspace import DecodeWorkspace
 from .families_rtpurbo import head_counts
 from .plan_rtpurbo import HeadPlan
@@ -51,6 +53,7 @@ class CacheView:
     `q_start` is the number of slots before this forward. On a fresh cache (`q_start == 0`) the caller attends to its
     own keys and values. `tail_key` and `tail_value` `[B, W, T, D]` (chunks only) are the last keys of the window store
     in slot order, from slot `tail_start` on, with this forward's keys at the end; `sink_key`, `sink_value` the sinks.
+    `key_scale`, `value_scale` `[B, F, C]` belong to a quantised full store.
     """
 
     q_start: int
@@ -65,6 +68,8 @@ class CacheView:
     sink_key: torch.Tensor | None = None
     sink_value: torch.Tensor | None = None
     tail_start: int = 0
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
 
 
 class RTPurboCacheLayer(CacheLayerMixin):
@@ -74,10 +79,20 @@ class RTPurboCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
-    _stores = ("keys", "values", "index_keys", "window_keys", "window_values")
+    _stores = ("keys", "values", "index_keys", "window_keys", "window_values", "key_scales", "value_scales")
 
-    def __init__(self, plan: HeadPlan, *, window: int, num_sinks: int, index_dim: int, max_length: int | None = None):
+    def __init__(
+        self,
+        plan: HeadPlan,
+        *,
+        window: int,
+        num_sinks: int,
+        index_dim: int,
+        max_length: int | None = None,
+        kv_cache_dtype: str = "auto",
+    ):
         super().__init__()
+        self.kv_cache_dtype = kv_cache_dtype
         self.max_length = max_length
         self.plan = plan
         # what the stores hold now: the plan's split, or every KV head whole
@@ -92,6 +107,8 @@ class RTPurboCacheLayer(CacheLayerMixin):
         self.index_keys: torch.Tensor | None = None
         self.window_keys: torch.Tensor | None = None
         self.window_values: torch.Tensor | None = None
+        self.key_scales: torch.Tensor | None = None
+        self.value_scales: torch.Tensor | None = None
 
     @property
     def ring(self) -> int:
@@ -107,6 +124,12 @@ class RTPurboCacheLayer(CacheLayerMixin):
         self.window_values = value_states.new_zeros(
             batch, len(self.held.window_kv), self.num_sinks, value_states.shape[3]
         )
+        self.key_scales = self.value_scales = None
+        stored = kv_dtype(self.kv_cache_dtype, self.device)
+        if stored is not None and self.held is self.plan:
+            self.keys, self.values = self.keys.to(stored), self.values.to(stored)
+            self.key_scales = self.keys.new_empty(self.keys.shape[:3], dtype=SCALE_DTYPE)
+            self.value_scales = self.key_scales.clone()
         self.is_initialized = True
 
     def update(
@@ -152,7 +175,7 @@ class RTPurboCacheLayer(CacheLayerMixin):
         if decode_length is not None and write:
             self._append(key_states, value_states, index_key, start, decode_length, backend)
         elif decode_length is None:
-            tail = self._extend(key_states, value_states, index_key, start)
+            tail = self._extend(key_states, value_states, index_key, start, backend)
         self.advance(new)
         view = CacheView(
             q_start=past,
@@ -162,11 +185,15 @@ class RTPurboCacheLayer(CacheLayerMixin):
             index_key=self.index_keys,
             window_key=self.window_keys,
             window_value=self.window_values,
+            key_scale=self.key_scales,
+            value_scale=self.value_scales,
             **tail,
         )
         return view, None
 
-    def _append(self, key, value, index_key, start, length: torch.Tensor, backend: str) -> None:
+    def _append(
+        self, key, value, index_key, start, length: torch.Tensor, backend: str, *, window_slot: tuple[int, ...] = ()
+    ) -> None:
         append_step(
             key,
             value,
@@ -177,21 +204,29 @@ class RTPurboCacheLayer(CacheLayerMixin):
             self.window_keys,
             self.window_values,
             full_slot=self.held.full_slot,
-            window_slot=self.held.window_slot,
+            window_slot=window_slot or self.held.window_slot,
             length=length,
             start=start,
             num_sinks=self.num_sinks,
+            key_scale=self.key_scales,
+            value_scale=self.value_scales,
             backend=backend,
         )
 
-    def _extend(self, key, value, index_key, start) -> dict:
+    def _extend(self, key, value, index_key, start, backend: str) -> dict:
         """Write a piece of the prompt; the tail that it attends to, if it is not the first one."""
         past, total = self.length, self.length + key.shape[2]
-        full = index_tensor(self.held.full_kv, key.device)
-        self.keys[:, :, past:total] = key[:, full]
-        self.values[:, :, past:total] = value[:, full]
-        if index_key is not None and index_key.shape[1]:
-            self.index_keys[:, :, past:total] = index_key
+        if self.key_scales is not None:
+            # the decode step's own way to quantise, without the window: that is written whole below
+            length = torch.full((1,), total, dtype=torch.int32, device=key.device)
+            nowhere = (-1,) * self.held.num_kv_heads
+            self._append(key, value, index_key, start, length, backend, window_slot=nowhere)
+        else:
+            full = index_tensor(self.held.full_kv, key.device)
+            self.keys[:, :, past:total] = key[:, full]
+            self.values[:, :, past:total] = value[:, full]
+            if index_key is not None and index_key.shape[1]:
+                self.index_keys[:, :, past:total] = index_key
         if not self.held.window_kv:
             return {}
         rows = index_tensor(self.held.window_kv, key.device)
@@ -203,9 +238,10 @@ class RTPurboCacheLayer(CacheLayerMixin):
     def _leave_dense(self, start: torch.Tensor | None) -> None:
         """Split the full store of all KV heads into the plan's full and window stores."""
         length, self.held = self.length, self.plan
-        full, rows = (index_tensor(heads, self.keys.device) for heads in (self.plan.full_kv, self.plan.window_kv))
+        rows = index_tensor(self.plan.window_kv, self.keys.device)
         window_key, window_value = self.keys[:, rows, :length], self.values[:, rows, :length]
-        self.keys, self.values = self.keys[:, full].contiguous(), self.values[:, full].contiguous()
+        self.keys, self.key_scales = self._kept(self.keys, self.plan.full_kv)
+        self.values, self.value_scales = self._kept(self.values, self.plan.full_kv)
         shape = (*window_key.shape[:2], self.num_sinks)
         self.window_keys = window_key.new_zeros(*shape, window_key.shape[3])
         self.window_values = window_value.new_zeros(*shape, window_value.shape[3])
@@ -216,6 +252,19 @@ class RTPurboCacheLayer(CacheLayerMixin):
         self.length = length
         self.advance(0)
 
+    def _kept(self, store: torch.Tensor, heads: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Some heads of a whole store, as the full store holds them: with their scales if that is quantised."""
+        stored = kv_dtype(self.kv_cache_dtype, store.device)
+        if stored is None:
+            return store[:, index_tensor(heads, store.device)].contiguous(), None
+        kept = store.new_zeros(store.shape[0], len(heads), *store.shape[2:], dtype=stored)
+        scales = store.new_zeros(kept.shape[:3], dtype=SCALE_DTYPE)
+        for row, head in enumerate(heads):
+            kept[:, row, : self.length], scales[:, row, : self.length] = quantize_kv(
+                store[:, head, : self.length], stored
+            )
+        return kept, scales
+
     def _reserve(self, total: int, start: torch.Tensor | None, *, fresh: bool) -> None:
         capacity = self.keys.shape[2]
         if self.max_length is not None and total > self.max_length:
@@ -225,10 +274,12 @@ class RTPurboCacheLayer(CacheLayerMixin):
             )
         if total > capacity:
             wanted = self.max_length or (total + PREFILL_MARGIN if fresh else _grown(capacity, total))
-            for name in ("keys", "values", "index_keys"):
+            for name in ("keys", "values", "index_keys", "key_scales", "value_scales"):
                 old = getattr(self, name)
+                if old is None:
+                    continue
                 # zeros, not garbage: unused slots are masked, but 0 * NaN would still be NaN
-                new = old.new_zeros(*old.shape[:2], wanted, old.shape[3])
+                new = old.new_zeros(*old.shape[:2], wanted, *old.shape[3:])
                 new[:, :, : self.length] = old[:, :, : self.length]
                 setattr(self, name, new)
         if self.held.window_kv:
@@ -334,7 +385,11 @@ class RTPurboCacheLayer(CacheLayerMixin):
             return
         for name in self._stores:
             store = getattr(self, name)
-            changed = function(store)
+            if store is None:
+                continue
+            is_fp8 = store.dtype == torch.float8_e4m3fn
+            # not every device picks rows of fp8: the bytes are the same
+            changed = function(store.view(torch.uint8)).view(store.dtype) if is_fp8 else function(store)
             if self.max_length is not None and changed.shape == store.shape:
                 store.copy_(changed)  # captured graphs hold the addresses
             else:
@@ -365,17 +420,18 @@ class RTPurboCacheLayer(CacheLayerMixin):
         """Allocated bytes by kind: `full`, `index`, `window`."""
         if not self.is_initialized:
             return {"full": 0, "index": 0, "window": 0}
+        scales = 0 if self.key_scales is None else self.key_scales.nbytes + self.value_scales.nbytes
         return {
-            "full": self.keys.nbytes + self.values.nbytes,
+            "full": self.keys.nbytes + self.values.nbytes + scales,
             "index": self.index_keys.nbytes,
             "window": self.window_keys.nbytes + self.window_values.nbytes,
         }
 
     def dense_nbytes(self) -> int:
-        """Bytes that a cache of every KV head's every token would take at the present length."""
+        """Bytes that an unquantised cache of every KV head's every token would take at the present length."""
         if not self.is_initialized:
             return 0
-        row = self.keys.shape[3] * self.keys.element_size() + self.values.shape[3] * self.values.element_size()
+        row = (self.keys.shape[3] + self.values.shape[3]) * self.dtype.itemsize
         return self.keys.shape[0] * self.plan.num_kv_heads * self.length * row
 
 
@@ -426,6 +482,12 @@ def _copied_back(layer, function) -> None:
                 states[index] = old
 
 
+def full_row_bytes(head_dim: int, itemsize: int, kv_cache_dtype: str = "auto") -> int:
+    """Bytes of one token's key and value of one KV head in the full store; `itemsize` of the model's numbers."""
+    stored = kv_dtype(kv_cache_dtype)
+    return 2 * (head_dim * itemsize if stored is None else head_dim * stored.itemsize + SCALE_DTYPE.itemsize)
+
+
 def predicted_nbytes(
     plan: HeadPlan,
     *,
@@ -436,13 +498,15 @@ def predicted_nbytes(
     index_dim: int,
     head_dim: int,
     itemsize: int,
+    kv_cache_dtype: str = "auto",
 ) -> dict[str, int]:
     """What `RTPurboCacheLayer.nbytes()` will say after a prefill of `length` tokens, in bytes by kind."""
     row = 2 * head_dim * itemsize
+    full_row = full_row_bytes(head_dim, itemsize, kv_cache_dtype)
     ring = max(min(length - num_sinks + PREFILL_MARGIN, window + SLACK), 0) if length > num_sinks else 0
     slots = length + PREFILL_MARGIN
     return {
-        "full": batch * len(plan.full_kv) * slots * row,
+        "full": batch * len(plan.full_kv) * slots * full_row,
         "index": batch * len(plan.index_key_kv) * slots * index_dim * 2,
         "window": batch * len(plan.window_kv) * (num_sinks + ring) * row,
     }
@@ -471,12 +535,21 @@ class RTPurboCache(Cache):
         plans: `{layer index: HeadPlan}` of the converted layers.
         offloading: keep all layers but the current one on the CPU (CUDA only).
         max_length: slots of the static form; None: the cache grows.
+        quantise: keep full stores as the config's `kv_cache_dtype` says; False: in the model's dtype.
 
     Raises:
         ValueError: a static cache for a base with layers of a kind that has no static form.
     """
 
-    def __init__(self, config, plans: dict[int, HeadPlan], *, offloading: bool = False, max_length: int | None = None):
+    def __init__(
+        self,
+        config,
+        plans: dict[int, HeadPlan],
+        *,
+        offloading: bool = False,
+        max_length: int | None = None,
+        quantise: bool = True,
+    ):
         text = config.get_text_config(decoder=True)
         layers = list(DynamicCache(config=text).layers)
         for index, layer in enumerate(layers):
@@ -487,6 +560,7 @@ class RTPurboCache(Cache):
                     num_sinks=config.num_sink_tokens,
                     index_dim=config.index_dim,
                     max_length=max_length,
+                    kv_cache_dtype=config.kv_cache_dtype if quantise else "auto",
                 )
             elif max_length is not None:
                 layers[index] = _static_native(config, text, index, layer, max_length)

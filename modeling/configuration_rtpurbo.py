@@ -13,6 +13,7 @@ INDEX_BLOCK_SIZES = (1, 16, 32, 64)
 INDEX_KEY_SHARING = ("head", "kv_head")
 RETRIEVAL_PREFILL = ("dense", "sparse", "sparse_tiled")
 ATTENTION_BACKENDS = ("auto", "triton", "reference")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 MAX_POSITIONS = 1 << 30
 
 # Attributes that must be looked up here and never in the base config.
@@ -66,6 +67,8 @@ class RTPurboConfig(PreTrainedConfig):
         dense_below: a forward whose cached and new tokens are fewer than this attends as the base model does; the cache
             keeps everything until then. 0: never.
         attention_backend: `"auto"`, `"triton"` or `"reference"`.
+        kv_cache_dtype: of the cached keys and values that retrieval heads read: `"auto"`, the model's; `"int8"` or
+            `"fp8"` (e4m3), with a scale for each token and KV head. What local heads keep is never quantised.
         format_version: version of this format.
 
     Raises:
@@ -92,6 +95,7 @@ class RTPurboConfig(PreTrainedConfig):
     decode_max_queries: int = 16
     dense_below: int = 0
     attention_backend: str = "auto"
+    kv_cache_dtype: str = "auto"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -176,6 +180,7 @@ class RTPurboConfig(PreTrainedConfig):
             ("index_key_sharing", INDEX_KEY_SHARING),
             ("retrieval_prefill", RETRIEVAL_PREFILL),
             ("attention_backend", ATTENTION_BACKENDS),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
         ):
             value = getattr(self, name)
             _require(

@@ -22,6 +22,7 @@ from ..kernels.common import starts
 from ..kernels.indexed import Selector
 from .attention_rtpurbo import (
     ATTENTION_NAME,
+    QUANTISED_MODES,
     DecodeRows,
     ForwardState,
     RTPurboLayer,
@@ -197,9 +198,13 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             self.attention = previous
 
     def new_cache(self, *, offloading: bool = False, max_length: int | None = None) -> RTPurboCache:
-        """An empty cache for the present attention mode; with `max_length` slots it is static."""
+        """An empty cache for the present attention mode; with `max_length` slots it is static.
+
+        `config.kv_cache_dtype` holds in the modes that have both kinds of heads: `"dense"` stays the base model.
+        """
         plans = {m.layer_idx: m.rtpurbo.plans[self.attention] for m in self.converted()}
-        return RTPurboCache(self.config, plans, offloading=offloading, max_length=max_length)
+        quantise = self.attention in QUANTISED_MODES
+        return RTPurboCache(self.config, plans, offloading=offloading, max_length=max_length, quantise=quantise)
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
@@ -439,6 +444,11 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, **kwargs
             )
         implementation = generation_config.cache_implementation
+        if implementation == "quantized":
+            raise ValueError(
+                "cache_implementation='quantized' is not supported by RTPurbo models, which quantise their own cache: "
+                "leave it out and load the model with kv_cache_dtype='int8' or 'fp8' (or set it in model.config)"
+            )
         if implementation not in CACHES:
             raise ValueError(
                 f"cache_implementation={implementation!r} is not supported by RTPurbo models; use one of {CACHES}"

@@ -3,6 +3,7 @@
     dense | streaming | headwise | sparse          attention modes
     sparse_prefill                                 sparse, its prompt prefilled with one block list for each tile
     sparse:p=0.95+floor=128, headwise:window=2048  the same with other settings
+    sparse:kv=int8                                 decode steps read K/V that retrieval heads share in 8 bits
     topk:256, topk:equal                           fixed top-k of the index scores
     oracle, oracle:0.95                            top-p of the true scores
     quest:0.9, quest:256, quest:equal              bounds on pages of 16 keys: by mass, or by tokens
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..kernels.indexed import Selector
+from ..kernels.kv_quant import KV_DTYPES
 from ..modeling.configuration_rtpurbo import RETRIEVAL_PREFILL
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from . import selectors
@@ -33,7 +35,9 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "window": ("sliding_window", int),
     "sinks": ("num_sink_tokens", int),
     "prefill": ("retrieval_prefill", str),
+    "kv": ("kv_cache_dtype", str),
 }
+_CHOICES = {"prefill": RETRIEVAL_PREFILL, "kv": ("auto", *KV_DTYPES)}
 _OF_MODE = {"dense": (), "streaming": ("window", "sinks"), "headwise": ("window", "sinks"), "sparse": tuple(SETTINGS)}
 
 
@@ -111,7 +115,9 @@ class Variant:
                 setattr(config, field, value)
 
 
-def _number(text: str, kind: type, what: str) -> int | float:
+def _value(text: str, kind: type, what: str) -> int | float | str:
+    if kind is str:
+        return text
     try:
         return kind(text)
     except ValueError:
@@ -125,9 +131,9 @@ def _overrides(name: str, mode: str, text: str) -> tuple[tuple[str, int | float 
         if key not in _OF_MODE[mode]:
             raise ValueError(f"variant {name!r}: {mode} has no setting {key!r}; it has {_OF_MODE[mode] or 'none'}")
         field, kind = SETTINGS[key]
-        if kind is str and value not in RETRIEVAL_PREFILL:
-            raise ValueError(f"variant {name!r}, {key}: expected one of {', '.join(RETRIEVAL_PREFILL)}, got {value!r}")
-        found[field] = value if kind is str else _number(value, kind, f"variant {name!r}, {key}")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise ValueError(f"variant {name!r}, {key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}")
+        found[field] = _value(value, kind, f"variant {name!r}, {key}")
     return tuple(found.items())
 
 
@@ -138,7 +144,7 @@ def _budget(name: str, kind: str, text: str) -> int | float | str | None:
         raise ValueError(f"variant {name!r}: int8 takes no budget, it has the checkpoint's own")
     if text == EQUAL and kind != "oracle":
         return EQUAL
-    number = _number(text, float, f"variant {name!r}")
+    number = float(_value(text, float, f"variant {name!r}"))
     is_mass = 0 < number < 1 and kind != "topk"
     if not is_mass and not (kind != "oracle" and number >= 1 and number == int(number)):
         expected = {"topk": "tokens or 'equal'", "oracle": "a p below 1", "quest": "tokens, a p below 1, or 'equal'"}
