@@ -470,12 +470,13 @@ def sparse_prefill_attention(
     if query.numel() == 0 or count == 0:
         return out
     fused = on_selection is None and query.shape[3] <= 256 and use_triton(backend, query)
-    index_rows = index_tensor(tuple(index_heads), query.device)
     if on_selection is None and needs_grad(query, key, value, sink_logits, out):
         selection = {"top_p": top_p, "min_tokens": min_tokens, "num_sinks": num_sinks, "q_start": q_start}
         where = {"heads": tuple(heads), "kv_heads": tuple(kv_heads), "scale": scale, "softcap": softcap}
         attend = partial(sparse_prefill_attention, index_heads=index_heads, backend=backend, **selection, **where)
-        lists = partial(piece_lists, index_heads=index_rows, fused=fused, **selection)
+        lists = partial(
+            piece_lists, index_heads=index_tensor(tuple(index_heads), query.device), fused=fused, **selection
+        )
         return sparse_attention_with_gradient(
             query, key, value, index_query, index_key, out=out, sink_logits=sink_logits, attend=attend, lists=lists,
             q_start=q_start, start=start, **where,
@@ -509,7 +510,7 @@ def sparse_prefill_attention(
         index_key,
         heads=index_tensor(tuple(heads), query.device),
         kv_heads=index_tensor(tuple(kv_heads), query.device),
-        index_heads=index_rows,
+        index_heads=index_tensor(tuple(index_heads), query.device),
         top_p=top_p,
         min_tokens=min_tokens,
         num_sinks=num_sinks,

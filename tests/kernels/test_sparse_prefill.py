@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rtpurbo_hf.kernels import sparse_prefill
+from rtpurbo_hf.kernels import sparse_prefill, tile_blocks
 from rtpurbo_hf.kernels.common import HAS_TRITON, masked_softmax, soft_cap
 from rtpurbo_hf.kernels.dense import dense_attention_reference
 from rtpurbo_hf.kernels.sparse_prefill import sparse_prefill_attention
@@ -235,6 +235,14 @@ def test_small_workspace_changes_nothing(monkeypatch):
     arguments = inputs(Case(700, q_start=70))
     whole = run(arguments, "triton")
     monkeypatch.setattr(sparse_prefill, "WORKSPACE_BYTES", 1)
+    assert torch.equal(run(arguments, "triton"), whole)
+
+
+@needs_triton
+def test_lists_in_chunks_change_nothing(monkeypatch):
+    arguments = inputs(Case(900, top_p=0.5))
+    whole = run(arguments, "triton")
+    monkeypatch.setattr(tile_blocks, "CHUNK", 4)
     assert torch.equal(run(arguments, "triton"), whole)
 
 
