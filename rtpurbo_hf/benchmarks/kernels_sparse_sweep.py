@@ -62,6 +62,8 @@ SELECT: tuple[Setting, ...] = (
     {"MISSED": 1.0},
     {"MISSED": 0.5},
     {"BLOCK": 32},
+    {"BLOCK": 32, "STEP_BLOCKS": 2},
+    {"BLOCK": 32, "STEP_BLOCKS": 4},
     {"BLOCK": 128},
     {"GROUP": 4},
     {"GROUP": 16},
