@@ -37,9 +37,9 @@ def run_kernel_benchmarks(
             raise ValueError(f"there is a sweep of 'sparse' alone, got only={only!r}")
         from . import kernels_sparse_sweep
 
-        rows, best = kernels_sparse_sweep.run(preset)
-        write(rows, Path(output) / f"{name}-sweep", meta=environment() | {"preset": preset, "best": best})
-        return rows
+        swept, best = kernels_sparse_sweep.run(preset)
+        write(swept, Path(output) / f"{name}-sweep", meta=environment() | {"preset": preset, "best": best})
+        return swept
     rows: list[Row] = []
     if only in (None, "prefill"):
         from . import kernels_prefill

@@ -63,7 +63,7 @@ SELECT: tuple[Setting, ...] = (
     {"MISSED": 0.5},
     {"BLOCK": 32},
     {"BLOCK": 32, "STEP_BLOCKS": 2},
-    {"BLOCK": 32, "STEP_BLOCKS": 4},
+    {"BLOCK": 32, "STEP_BLOCKS": 4, "launch": {"rows": 128, "warps": 8, "stages": 3, "tma": False}},
     {"BLOCK": 128},
     {"GROUP": 4},
     {"GROUP": 16},
@@ -92,11 +92,13 @@ def scoring(setting: Setting) -> Iterator[None]:
 
 @contextmanager
 def selecting(setting: Setting) -> Iterator[None]:
-    """Other constants of the selection, in the modules that hold them."""
+    """Other constants of the selection, in the modules that hold them; `launch`: the attention kernel's."""
     values = dict(setting)
+    launch = values.pop("launch", {})
     if "GROUP" in values:
         values["GROUPS"] = tile_blocks.TILE // values["GROUP"]
     with ExitStack() as stack:
+        stack.enter_context(attending(launch))
         for module in (tile_blocks, sparse_prefill):
             held = {name: value for name, value in values.items() if hasattr(module, name)}
             if held:
