@@ -32,6 +32,8 @@ except ImportError:
     TensorDescriptor = None
 
 WORKSPACE_BYTES = 1 << 28
+# listed blocks that the attention kernel takes at a time; with more than one they are gathered without TMA
+STEP_BLOCKS = 1
 
 Observer = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -167,6 +169,7 @@ if HAS_TRITON:
         BLOCK_D: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
+        PER_STEP: tl.constexpr,
         TILE_ROWS: tl.constexpr,
         STAGES: tl.constexpr,
         HAS_START: tl.constexpr,
@@ -216,7 +219,10 @@ if HAS_TRITON:
         front = 0
         if HAS_START:
             front = tl.minimum(count - back, 1)
+        # whole steps in the middle, what is left over goes to the front
+        front += (count - front - back) % PER_STEP
         middle = count - front - back
+        o_step = tl.arange(0, BLOCK_N * PER_STEP)
 
         p_kh = p_k + i_b * stride_kb + i_kv * stride_kh
         p_vh = p_v + i_b * stride_vb + i_kv * stride_vh
@@ -231,14 +237,19 @@ if HAS_TRITON:
             b_acc, b_max, b_sum = _attend(
                 b_q, b_k, b_v, b_mask, b_acc, b_max, b_sum, scale, softcap, True, SOFTCAP, PRECISION
             )
-        for i_n in tl.range(0, middle, num_stages=STAGES):
-            row = tl.load(p_list + front + i_n) * BLOCK_N
-            # [BLOCK_N, BLOCK_D]
+        for i_n in tl.range(0, middle // PER_STEP, num_stages=STAGES):
+            # [BLOCK_N * PER_STEP, BLOCK_D]
+            if PER_STEP == 1:
+                row = tl.load(p_list + front + i_n) * BLOCK_N
             if USE_TMA:
                 b_k = desc_k.load([i_b.to(tl.int32), i_kv.to(tl.int32), row, 0]).reshape(BLOCK_N, BLOCK_D)
                 b_v = desc_v.load([i_b.to(tl.int32), i_kv.to(tl.int32), row, 0]).reshape(BLOCK_N, BLOCK_D)
             else:
-                o_row = (row + o_n).to(tl.int64)
+                if PER_STEP == 1:
+                    o_row = (row + o_n).to(tl.int64)
+                else:
+                    b_block = tl.load(p_list + front + i_n * PER_STEP + o_step // BLOCK_N)
+                    o_row = (b_block * BLOCK_N + o_step % BLOCK_N).to(tl.int64)
                 p_kt = p_kh + o_row[:, None] * stride_kn + o_d[None, :]
                 p_vt = p_vh + o_row[:, None] * stride_vn + o_d[None, :]
                 if HEAD_DIM == BLOCK_D:
@@ -256,7 +267,7 @@ if HAS_TRITON:
         tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_rows)
 
     def _launch(query: torch.Tensor) -> tuple[int, int, int, bool]:
-        """(BLOCK_M, warps, stages, TMA) by device capability, element size and head_dim; key tiles are one block."""
+        """(BLOCK_M, warps, stages, TMA) by device capability, element size and head_dim, for steps of 64 keys."""
         head_dim = query.shape[3]
         if not query.is_cuda:
             return 64, 1, 1, False
@@ -289,7 +300,7 @@ if HAS_TRITON:
         q_len, head_dim = query.shape[2:]
         block_m, warps, stages, tma = _launch(query)
         block_d = max(16, triton.next_power_of_2(head_dim))
-        tma = tma and TensorDescriptor is not None and tma_ready(key) and tma_ready(value)
+        tma = tma and STEP_BLOCKS == 1 and TensorDescriptor is not None and tma_ready(key) and tma_ready(value)
         desc_k = desc_v = None
         if tma:
             box = [1, 1, BLOCK, block_d]
@@ -331,6 +342,7 @@ if HAS_TRITON:
                 BLOCK_D=block_d,
                 BLOCK_M=block_m,
                 BLOCK_N=BLOCK,
+                PER_STEP=STEP_BLOCKS,
                 TILE_ROWS=TILE,
                 STAGES=stages,
                 HAS_START=start is not None,
@@ -470,12 +482,13 @@ def sparse_prefill_attention(
     if query.numel() == 0 or count == 0:
         return out
     fused = on_selection is None and query.shape[3] <= 256 and use_triton(backend, query)
-    index_rows = index_tensor(tuple(index_heads), query.device)
     if on_selection is None and needs_grad(query, key, value, sink_logits, out):
         selection = {"top_p": top_p, "min_tokens": min_tokens, "num_sinks": num_sinks, "q_start": q_start}
         where = {"heads": tuple(heads), "kv_heads": tuple(kv_heads), "scale": scale, "softcap": softcap}
         attend = partial(sparse_prefill_attention, index_heads=index_heads, backend=backend, **selection, **where)
-        lists = partial(piece_lists, index_heads=index_rows, fused=fused, **selection)
+        lists = partial(
+            piece_lists, index_heads=index_tensor(tuple(index_heads), query.device), fused=fused, **selection
+        )
         return sparse_attention_with_gradient(
             query, key, value, index_query, index_key, out=out, sink_logits=sink_logits, attend=attend, lists=lists,
             q_start=q_start, start=start, **where,
@@ -509,7 +522,7 @@ def sparse_prefill_attention(
         index_key,
         heads=index_tensor(tuple(heads), query.device),
         kv_heads=index_tensor(tuple(kv_heads), query.device),
-        index_heads=index_rows,
+        index_heads=index_tensor(tuple(index_heads), query.device),
         top_p=top_p,
         min_tokens=min_tokens,
         num_sinks=num_sinks,

@@ -39,6 +39,10 @@ TILE, BLOCK, GROUP, RECENT_BLOCKS = 128, 64, 8, 2
 GROUPS = TILE // GROUP
 # of a block, each counted as its best key; and of the mass that p lets a row miss, what a tile may miss on average
 CELLS, MISSED = 8, 0.7
+# blocks whose places in a list are found at a time
+CHUNK = 1024
+# of the scoring kernel: representing rows and blocks of a program (steps x columns), warps, pipeline stages
+MASS_LAUNCH = {"rows": 64, "columns": 8, "steps": 8, "warps": 4, "stages": 3}
 
 
 def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
@@ -246,7 +250,7 @@ if HAS_TRITON:
         HAS_START: tl.constexpr,
         HAS_FLOOR: tl.constexpr,
         SIZE: tl.constexpr,
-        CHUNK: tl.constexpr,
+        PLACES: tl.constexpr,
         TILE_ROWS: tl.constexpr,
         GROUP_ROWS: tl.constexpr,
         BLOCK_N: tl.constexpr,
@@ -305,8 +309,8 @@ if HAS_TRITON:
         tl.debug_barrier()
         level = low.to(tl.float32, bitcast=True)
         count = tl.zeros([], tl.int32)
-        for i_c in tl.range(0, (stop + CHUNK * BLOCK_N - 1) // (CHUNK * BLOCK_N)):
-            o_c = i_c * CHUNK + tl.arange(0, CHUNK)
+        for i_c in tl.range(0, (stop + PLACES * BLOCK_N - 1) // (PLACES * BLOCK_N)):
+            o_c = i_c * PLACES + tl.arange(0, PLACES)
             m_list = (o_c * BLOCK_N < stop) & ((o_c + 1) * BLOCK_N > first)
             m_kept = ((o_c * BLOCK_N < first + num_sinks) & (num_sinks > 0)) | (o_c >= begin // BLOCK_N - RECENT)
             b_share = tl.load(p_shares + o_c, mask=m_list, other=-1.0)
@@ -339,8 +343,9 @@ if HAS_TRITON:
         mass = torch.empty(batch, heads, groups, blocks, dtype=torch.float32, device=device)
         indices = torch.empty(batch, heads, tiles, blocks, dtype=torch.int32, device=device)
         counts = torch.empty(batch, heads, tiles, dtype=torch.int32, device=device)
-        block_g, columns, steps = 64, 8, 8
-        grid = (triton.cdiv(groups, block_g), triton.cdiv(blocks, columns * steps), batch * heads)
+        launch = MASS_LAUNCH
+        per_program = launch["columns"] * launch["steps"]
+        grid = (triton.cdiv(groups, launch["rows"]), triton.cdiv(blocks, per_program), batch * heads)
         with torch.cuda.device_of(index_query):
             _block_mass_kernel[grid](
                 sampled,
@@ -357,15 +362,16 @@ if HAS_TRITON:
                 HAS_START=start is not None,
                 DIM=dim,
                 BLOCK_R=max(16, triton.next_power_of_2(dim)),
-                BLOCK_G=block_g,
+                BLOCK_G=launch["rows"],
                 BLOCK_N=BLOCK,
                 TILE_ROWS=TILE,
                 GROUP_ROWS=GROUP,
                 CELL_COUNT=CELLS,
-                COLUMNS=columns,
-                STEPS=steps,
+                COLUMNS=launch["columns"],
+                STEPS=launch["steps"],
                 PRECISION="ieee",
-                num_warps=4,
+                num_warps=launch["warps"],
+                num_stages=launch["stages"],
             )
             size = triton.next_power_of_2(blocks)
             _select_kernel[(tiles, batch * heads)](
@@ -385,7 +391,7 @@ if HAS_TRITON:
                 HAS_START=start is not None,
                 HAS_FLOOR=min_tokens > 0,
                 SIZE=size,
-                CHUNK=min(size, 1024),
+                PLACES=min(size, CHUNK),
                 TILE_ROWS=TILE,
                 GROUP_ROWS=GROUP,
                 BLOCK_N=BLOCK,

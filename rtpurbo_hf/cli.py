@@ -406,12 +406,13 @@ def bench_kernels(
     preset: Annotated[str, typer.Option(help="paper, quick or full.")] = "quick",
     only: Annotated[str | None, typer.Option(help="prefill, sparse (sparse prefill) or decode.")] = None,
     name: Annotated[str, typer.Option(help="Basename of the result files.")] = "kernels",
+    sweep: Annotated[bool, typer.Option("--sweep", help="With --only sparse: find its best launches instead.")] = False,
 ) -> None:
     """Time our kernels and their peers in one process (CUDA only); each figure is checked against a reference."""
     from .benchmarks.kernels import run_kernel_benchmarks
 
     device_named("cuda")
-    run_kernel_benchmarks(preset, output, only=only, name=name)
+    run_kernel_benchmarks(preset, output, only=only, name=name, sweep=sweep)
 
 
 @bench.command("training", epilog="Example: rtpurbo bench training --preset paper --output results/")

@@ -154,7 +154,7 @@ def test_sparse_prefill_is_a_setting(model):
 
 
 def test_sparse_prefill_against_sparse(checkpoint, tmp_path):
-    """The prefill's own figures, measured against dense prefill; p = 1 reads everything."""
+    """The prefill's own figures, measured against dense prefill; with p = 1 nothing is selected."""
     plan = small_plan(suites=("kl", "sparsity"), lengths=(768,))
     names = "sparse,sparse_prefill:p=0.3,sparse_prefill:p=1"
     common = options(variants=parse_variants(names), data=str(checkpoint / "texts"), reference="sparse")
@@ -166,9 +166,7 @@ def test_sparse_prefill_against_sparse(checkpoint, tmp_path):
     assert rows["kl", low] > 0
     assert 0.3 < rows["text/prefill_read", low] < 1
     assert 0 < rows["text/prefill_kept_low", low] <= rows["text/prefill_kept_mass", low] < 1
-    assert rows["text/prefill_read", high] == 1
-    assert ("text/prefill_read", "sparse") not in rows
-    assert ("text/prefill_kept_mass", high) not in rows
+    assert not {("text/prefill_read", name) for name in ("sparse", high)} & set(rows)
     with pytest.raises(ValueError, match="none of the variants: sparse"):
         evaluate(str(checkpoint / "tiny"), tmp_path / "b", plan, **common | {"reference": "dense"})
 

@@ -14,7 +14,7 @@ COLUMNS = ("geometry", "batch", "tflops", "dense_path", "selected", "kept_mass",
 
 
 def run_kernel_benchmarks(
-    preset: str, output: str | Path, only: str | None = None, *, name: str = "kernels"
+    preset: str, output: str | Path, only: str | None = None, *, name: str = "kernels", sweep: bool = False
 ) -> list[Row]:
     """Run, check and store the kernel benchmarks; needs a CUDA device.
 
@@ -22,6 +22,8 @@ def run_kernel_benchmarks(
         preset: `"quick"` (a minute), `"paper"` (the lengths and geometry of the paper's figures) or `"full"`.
         output: folder for `name`.json, .csv and .png.
         only: `"prefill"`, `"sparse"` (sparse prefill) or `"decode"`; None: all.
+        sweep: with `"sparse"`: its launches and selection settings instead, in minutes; the best ones by length go
+            to the result file's `meta`.
 
     Raises:
         ValueError: unknown preset or part.
@@ -30,6 +32,14 @@ def run_kernel_benchmarks(
         raise ValueError(f"only must be one of {PARTS} or None, got {only!r}")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
+    if sweep:
+        if only != "sparse":
+            raise ValueError(f"there is a sweep of 'sparse' alone, got only={only!r}")
+        from . import kernels_sparse_sweep
+
+        swept, best = kernels_sparse_sweep.run(preset)
+        write(swept, Path(output) / f"{name}-sweep", meta=environment() | {"preset": preset, "best": best})
+        return swept
     rows: list[Row] = []
     if only in (None, "prefill"):
         from . import kernels_prefill
@@ -53,11 +63,14 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="quick")
     parser.add_argument("--output", type=Path, required=True, help="folder for the result files")
     parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--sweep", action="store_true", help="with --only sparse: launches and settings")
     parser.add_argument("--name", default="kernels", help="basename of the result files")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    rows = run_kernel_benchmarks(arguments.preset, arguments.output, arguments.only, name=arguments.name)
-    print(table(rows, extra=COLUMNS))
+    rows = run_kernel_benchmarks(
+        arguments.preset, arguments.output, arguments.only, name=arguments.name, sweep=arguments.sweep
+    )
+    print(table(rows, extra=("setting", "selected", "kept_mass", "check") if arguments.sweep else COLUMNS))
     if any(row.extra.get("check") != "ok" for row in rows):
         raise SystemExit("some results are wrong: see the rows whose check is red")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rtpurbo_hf.kernels import sparse_prefill
+from rtpurbo_hf.kernels import sparse_prefill, tile_blocks
 from rtpurbo_hf.kernels.common import HAS_TRITON, masked_softmax, soft_cap
 from rtpurbo_hf.kernels.dense import dense_attention_reference
 from rtpurbo_hf.kernels.sparse_prefill import sparse_prefill_attention
@@ -235,6 +235,27 @@ def test_small_workspace_changes_nothing(monkeypatch):
     arguments = inputs(Case(700, q_start=70))
     whole = run(arguments, "triton")
     monkeypatch.setattr(sparse_prefill, "WORKSPACE_BYTES", 1)
+    assert torch.equal(run(arguments, "triton"), whole)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [Case(900, top_p=0.3), Case(700, q_start=333, start=(0, 290), head_dim=80)], ids=str)
+def test_several_blocks_a_step(monkeypatch, case):
+    """Smaller blocks, gathered two and four at a time."""
+    for module in (sparse_prefill, tile_blocks):
+        monkeypatch.setattr(module, "BLOCK", 32)
+    arguments = inputs(case)
+    expected = run(arguments, "reference")
+    for per_step in (2, 4):
+        monkeypatch.setattr(sparse_prefill, "STEP_BLOCKS", per_step)
+        assert relative_error(run(arguments, "triton"), expected) < (1e-5 if DEVICE == "cpu" else 5e-3)
+
+
+@needs_triton
+def test_lists_in_chunks_change_nothing(monkeypatch):
+    arguments = inputs(Case(900, top_p=0.5))
+    whole = run(arguments, "triton")
+    monkeypatch.setattr(tile_blocks, "CHUNK", 4)
     assert torch.equal(run(arguments, "triton"), whole)
 
 

@@ -1,0 +1,191 @@
+"""Sweep of sparse prefill on this machine: launches of its kernels, and settings of its selection.
+
+Cases, each with `setting` in its row; `ms` is the retrieval heads' time of one layer, on the inputs of
+`kernels_sparse_prefill`:
+
+    sweep_attend   tile rows, warps, stages and TMA of the attention kernel      the selection is the shipped one
+    sweep_score    rows, columns, warps and stages of the scoring kernel         `ms` is the selection alone
+    sweep_select   block size, representing rows, cells, and mass to reach       with the best launches found before
+
+Settings of the selection change what is read: compare them at equal `kept_mass`. A setting that does not fit into the
+device is left out of the rows and logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+from ..kernels import sparse_prefill, tile_blocks
+from .harness import Row, checked, measure
+from .kernels_prefill import PAPER
+from .kernels_sparse_prefill import RATIO, TOLERANCE, SparseLayer
+
+logger = logging.getLogger(__name__)
+
+LENGTHS = {"quick": (131_072,), "paper": (131_072, 1_048_576), "full": (32_768, 131_072, 524_288, 1_048_576)}
+Setting = dict[str, Any]
+
+ATTEND: tuple[Setting, ...] = (
+    {},
+    *(
+        {"rows": rows, "warps": warps, "stages": stages, "tma": tma}
+        for rows, warps, stages, tma in (
+            (128, 8, 4, True),
+            (128, 8, 6, True),
+            (64, 4, 4, True),
+            (64, 4, 5, True),
+            (128, 8, 3, False),
+            (128, 8, 4, False),
+        )
+    ),
+)
+SCORE: tuple[Setting, ...] = (
+    {},
+    {"stages": 2},
+    {"stages": 4},
+    {"columns": 16, "steps": 4},
+    {"columns": 4, "steps": 16},
+    {"rows": 128, "warps": 8},
+    {"rows": 128},
+    {"steps": 32},
+)
+SELECT: tuple[Setting, ...] = (
+    {},
+    {"MISSED": 1.0},
+    {"MISSED": 0.5},
+    {"BLOCK": 32},
+    {"BLOCK": 32, "STEP_BLOCKS": 2},
+    {"BLOCK": 32, "STEP_BLOCKS": 4, "launch": {"rows": 128, "warps": 8, "stages": 3, "tma": False}},
+    {"BLOCK": 128},
+    {"GROUP": 4},
+    {"GROUP": 16},
+    {"CELLS": 16},
+    {"CELLS": 64},
+)
+
+
+@contextmanager
+def attending(setting: Setting) -> Iterator[None]:
+    """The attention kernel with another launch; {} leaves it as shipped."""
+    if not setting:
+        yield
+        return
+    launch = (setting["rows"], setting["warps"], setting["stages"], setting["tma"])
+    with mock.patch.object(sparse_prefill, "_launch", return_value=launch):
+        yield
+
+
+@contextmanager
+def scoring(setting: Setting) -> Iterator[None]:
+    """The scoring kernel with another launch."""
+    with mock.patch.object(tile_blocks, "MASS_LAUNCH", tile_blocks.MASS_LAUNCH | setting):
+        yield
+
+
+@contextmanager
+def selecting(setting: Setting) -> Iterator[None]:
+    """Other constants of the selection, in the modules that hold them; `launch`: the attention kernel's."""
+    values = dict(setting)
+    launch = values.pop("launch", {})
+    if "GROUP" in values:
+        values["GROUPS"] = tile_blocks.TILE // values["GROUP"]
+    with ExitStack() as stack:
+        stack.enter_context(attending(launch))
+        for module in (tile_blocks, sparse_prefill):
+            held = {name: value for name, value in values.items() if hasattr(module, name)}
+            if held:
+                stack.enter_context(mock.patch.multiple(module, **held))
+        yield
+
+
+def _describe(setting: Setting) -> str:
+    return " ".join(f"{name}={value}" for name, value in setting.items()) or "shipped"
+
+
+def _row(case: str, sparse: SparseLayer, setting: Setting, *, alone: bool = False) -> Row:
+    """One setting's time, checked against the reference under the same settings."""
+    layer = sparse.layer
+    layer.out.fill_(math.nan)
+    sparse.run_sparse()
+    error, kept = sparse.check()
+    blocks = sum(int(count.sum()) for count in sparse.select())
+    per_tile = tile_blocks.TILE // tile_blocks.BLOCK
+    tiles = -(-layer.length // tile_blocks.TILE)
+    causal = len(layer.retrieval) * per_tile * tiles * (tiles + 1) // 2
+    select = measure(sparse.select, warmup=1, repeats=5, budget_ms=300)
+    whole = measure(sparse.run_sparse, warmup=0, repeats=5, budget_ms=600)
+    chosen = select if alone else whole
+    extra: dict[str, Any] = {
+        "geometry": str(layer.geometry),
+        "setting": _describe(setting),
+        "selected": blocks / causal,
+        **kept,
+        "retrieval_ms": whole.median_ms,
+        "select_ms": select.median_ms,
+        "low_ms": chosen.low_ms,
+        "high_ms": chosen.high_ms,
+        **checked(error, TOLERANCE),
+    }
+    return Row(case, layer.length, RATIO, chosen.median_ms, None, None, extra)
+
+
+def _best(rows: list[Row], settings: list[Setting]) -> Setting:
+    """The fastest setting whose result is right; {} where none is."""
+    good = [(row.ms, place) for place, row in enumerate(rows) if row.extra["check"] == "ok"]
+    return settings[min(good)[1]] if good else {}
+
+
+def sweep_length(length: int) -> tuple[list[Row], dict[str, Any]]:
+    """All rows of one length, and its best settings."""
+    sparse = SparseLayer.make(PAPER, length)
+    found: list[Row] = []
+
+    def part(case: str, settings: tuple[Setting, ...], enter, *, alone: bool = False) -> Setting:
+        rows: list[Row] = []
+        tried: list[Setting] = []
+        for setting in tqdm(settings, desc=f"{case} {length}", unit="setting", leave=False):
+            try:
+                with enter(setting):
+                    rows.append(_row(case, sparse, setting, alone=alone))
+                    tried.append(setting)
+            except Exception as error:
+                # too much shared memory, or what this version of Triton cannot compile
+                logger.warning("%s, %s: left out: %s", case, _describe(setting), error)
+                torch.cuda.empty_cache()
+        found.extend(rows)
+        return _best(rows, tried)
+
+    attend = part("sweep_attend", ATTEND, attending)
+    with attending(attend):
+        score = part("sweep_score", SCORE, scoring, alone=True)
+        with scoring(score):
+            part("sweep_select", SELECT, selecting)
+    return found, {"attend": attend, "score": score}
+
+
+def run(preset: str = "paper") -> tuple[list[Row], dict[str, Any]]:
+    """Rows and `{length: best launches}` ({}: as shipped); `"quick"` 128K, `"paper"` also 1M, `"full"` four lengths.
+
+    Raises:
+        ValueError: unknown preset. RuntimeError: no CUDA device.
+    """
+    if preset not in LENGTHS:
+        raise ValueError(f"preset must be one of {', '.join(LENGTHS)}, got {preset!r}")
+    if not torch.cuda.is_available():
+        raise RuntimeError("the kernel benchmarks need a CUDA device")
+    rows: list[Row] = []
+    best: dict[str, Any] = {}
+    for length in LENGTHS[preset]:
+        found, launches = sweep_length(length)
+        rows += found
+        best[str(length)] = launches
+        torch.cuda.empty_cache()
+    return rows, best
