@@ -45,7 +45,7 @@ def evaluate(
         str,
         typer.Option(
             help="Variants in all suites, by comma: dense, streaming, headwise, sparse, with settings as "
-            "sparse:p=0.95+floor=128 (p, floor, block, window, sinks)."
+            "sparse:p=0.95+floor=128 (p, floor, block, window, sinks, kv: sparse:kv=int8)."
         ),
     ] = "dense,streaming,headwise,sparse",
     emulated: Annotated[

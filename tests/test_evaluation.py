@@ -115,6 +115,7 @@ def test_bootstrap_refuses_other_shapes():
         ("sparse:q=1", "no setting 'q'"),
         ("headwise:p=0.9", "headwise has no setting 'p'"),
         ("sparse:p=high", "expected a number"),
+        ("headwise:kv=int8", "headwise has no setting 'kv'"),
         ("topk:0.5", "expected topk:tokens"),
         ("topk", "expected a number"),
         ("oracle:3", "expected oracle:a p below 1"),
@@ -136,6 +137,11 @@ def test_overrides_hold_only_meanwhile(model):
         assert (found.index_top_p, found.index_min_tokens, found.index_block_size) == (0.5, 7, 16)
         assert found.sliding_window == 8
     assert model.config.to_dict() == before
+    with parse_variant("sparse:kv=int8").applied(model):
+        assert model.config.kv_cache_dtype == "int8"
+    assert model.config.kv_cache_dtype == "auto"
+    with pytest.raises(ValueError, match="kv_cache_dtype"), parse_variant("sparse:kv=int4").applied(model):
+        pass
     with pytest.raises(ValueError, match="index_block_size"), parse_variant("sparse:block=5").applied(model):
         pass
     assert model.config.to_dict() == before
