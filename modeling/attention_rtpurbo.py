@@ -368,31 +368,27 @@ class _Step:
         self._local(out, self.query, self.key, self.value, plan.local, plan.local_kv)
         if not plan.retrieval:
             return
+        # a quantised cache is not yet there for these rows, but it is for those that stand for decode steps
+        emulates = self.selects or (self.stored is not None and self.index_query is not None)
+        rows = self.state.decode_rows if emulates else None
         if self.retrieval_prefill == "sparse":
             slots = torch.arange(self.query.shape[2], device=self.query.device)
+            if self.stored is None:
+                rows = None  # they attend as decode steps do, all of them
             self._indexed(
-                out,
-                self.query,
-                self.index_query,
-                slots,
-                self.key,
-                self.value,
-                self.index_key,
-                plan.retrieval_kv,
-            )
-            return
-        if self.retrieval_prefill == "sparse_tiled":
-            decoding = self.state.decode_rows
-            before = None if decoding is None else decoding.before
+                out, self.query, self.index_query, slots, self.key, self.value, self.index_key, plan.retrieval_kv,
+                observed=rows is None,
+            )  # fmt: skip
+        elif self.retrieval_prefill == "sparse_tiled":
+            before = None if rows is None else rows.before
             if before is not None:
                 # as in generation, the prompt's tiles know nothing of the rows that decode after it
                 out[:, before:, index_tensor(plan.retrieval, out.device)] = 0
             self._tiled(out, self.key, self.value, self.index_key, plan.retrieval_kv, q_start=0, rows=before)
         else:
             self._dense(out, self.key, self.value, plan.retrieval_kv, q_start=0)
-        emulates = self.selects or (self.stored is not None and self.index_query is not None)
-        if self.state.decode_rows is not None and emulates:
-            self._decode_rows(out, self.state.decode_rows)
+        if rows is not None:
+            self._decode_rows(out, rows)
 
     def chunk(self, out: torch.Tensor, view) -> None:
         """A further piece of the prompt: earlier keys come from the cache."""
@@ -590,11 +586,12 @@ class _Step:
         )
 
     def _indexed(
-        self, out, query, index_query, q_slots, key, value, index_key, kv_heads, chosen=None, selector=None
-    ) -> None:
+        self, out, query, index_query, q_slots, key, value, index_key, kv_heads, chosen=None, selector=None,
+        observed=True,
+    ) -> None:  # fmt: skip
         config, device = self.layer.config, query.device
         index_query, index_heads = self._index(index_query, chosen)
-        observe = self.state.on_selection
+        observe = self.state.on_selection if observed else None
         indexed_attention_reference(
             query,
             key,

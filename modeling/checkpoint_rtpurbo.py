@@ -58,6 +58,7 @@ class CheckpointMixin:
         """Load a full checkpoint, an adapter (with its base from `config.base_model_name_or_path`), or a base model.
 
         A base model's own checkpoint is wrapped when `config` is an `RTPurboConfig`; its indexers then start fresh.
+        Without `config`, fields of the stored one can be set here: `from_pretrained(name, kv_cache_dtype="int8")`.
         Weights are read from safetensors only, unless `use_safetensors=False` is passed.
 
         Raises:
@@ -72,7 +73,8 @@ class CheckpointMixin:
         name = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
         if config is None:
-            config = cls.config_class.from_pretrained(name, **hub)
+            fields = {key: kwargs.pop(key) for key in cls.config_class.own_fields() if key in kwargs}
+            config = cls.config_class.from_pretrained(name, **hub, **fields)
         if "gguf_file" not in kwargs:
             kwargs.setdefault("use_safetensors", True)
         own, _ = PreTrainedConfig.get_config_dict(name, **hub)

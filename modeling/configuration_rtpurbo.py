@@ -124,12 +124,20 @@ class RTPurboConfig(PreTrainedConfig):
         """
         check_base_values(config_dict)
         try:
-            return super().from_dict(migrate(config_dict), **kwargs)
+            made = super().from_dict(migrate(config_dict), **kwargs)
+            # keyword arguments replace values after the object has checked its own
+            (made[0] if isinstance(made, tuple) else made).check()
+            return made
         except (ValueError, MemoryError):
             raise
         except Exception as error:
             # the base family's config class may fail in any way on values that it does not expect
             raise ValueError(f"RTPurboConfig: unusable values ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def own_fields(cls) -> tuple[str, ...]:
+        """Fields of this config, beyond those of every config, that a caller may set while loading."""
+        return tuple(name for name in cls.__annotations__ if name not in ("base_config", "format_version"))
 
     def check(self) -> None:
         """Raise a `ValueError` that names the first field whose value is out of range."""

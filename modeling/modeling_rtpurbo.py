@@ -251,7 +251,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 number of last rows.
             observer: called with `AttentionInputs` in each converted layer.
             on_selection: called with (layer index, rows, selected, visible, dense weights) per tile of sparse rows;
-                with `decode_rows` and tiled prefill, of those rows only.
+                with `decode_rows` and tiled prefill, of those rows only; for the heads of one KV head at a time where
+                a piece of a prompt attends to a quantised cache.
             selector: chooses what sparse rows attend to in place of the index, see `SelectionTile`; for measurements,
                 on forwards without a cache.
             layer_loss: like `observer`, returns a scalar: the backbone runs dense and without gradients, and the

@@ -369,6 +369,12 @@ def info(
     checkpoint: Checkpoint,
     context: Annotated[int, typer.Option(help="Tokens in the cache, for the byte counts.")] = 131072,
     dtype: Annotated[DType, typer.Option(help="Dtype of keys and values.")] = DType.bfloat16,
+    kv_cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the keys and values that retrieval heads read, in place of the config's: auto, int8 or fp8."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON to a file.")] = None,
 ) -> None:
@@ -378,9 +384,9 @@ def info(
     from .auto import RTPurboConfig
     from .info import checkpoint_info
 
-    facts = checkpoint_info(
-        RTPurboConfig.from_pretrained(checkpoint_named(checkpoint)), context=context, dtype=getattr(torch, dtype.value)
-    ).to_dict()
+    overrides = {} if kv_cache_dtype is None else {"kv_cache_dtype": kv_cache_dtype}
+    config = RTPurboConfig.from_pretrained(checkpoint_named(checkpoint), **overrides)
+    facts = checkpoint_info(config, context=context, dtype=getattr(torch, dtype.value)).to_dict()
     if output is not None:
         output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if as_json:
@@ -394,6 +400,7 @@ def info(
         ("retrieval heads", f"{facts['retrieval_heads']} of {facts['query_heads']} query heads"),
         ("freeable KV heads", f"{facts['freeable_kv_heads']} of {facts['kv_heads']}"),
         ("index weights", f"{facts['index_parameters']:,}"),
+        ("K/V of the full part", dtype.value if facts["kv_cache_dtype"] == "auto" else facts["kv_cache_dtype"]),
         (f"KV bytes at {context:,}", f"{facts['kv_bytes']['total']:,} ({share:.1%} of {facts['kv_bytes_dense']:,})"),
         ("KV bytes per 1K tokens", f"{facts['kv_bytes_per_1k_tokens']:,} ({growth:.1%} of dense)"),
     ):

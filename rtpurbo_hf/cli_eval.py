@@ -45,7 +45,8 @@ def evaluate(
         str,
         typer.Option(
             help="Variants in all suites, by comma: dense, streaming, headwise, sparse, sparse_prefill (sparse with "
-            "tiled sparse prefill), with settings as sparse:p=0.95+floor=128 (p, floor, block, window, sinks, prefill)."
+            "tiled sparse prefill), with settings as sparse:p=0.95+floor=128 (p, floor, block, window, sinks, prefill, "
+            "kv: sparse:kv=int8)."
         ),
     ] = "dense,streaming,headwise,sparse",
     emulated: Annotated[

@@ -117,6 +117,7 @@ def test_bootstrap_refuses_other_shapes():
         ("sparse:prefill=tiled", "prefill: expected one of dense, sparse, sparse_tiled"),
         ("sparse_prefill:q=1", "sparse has no setting 'q'"),
         ("sparse:p=high", "expected a number"),
+        ("headwise:kv=int8", "headwise has no setting 'kv'"),
         ("topk:0.5", "expected topk:tokens"),
         ("topk", "expected a number"),
         ("oracle:3", "expected oracle:a p below 1"),
@@ -138,6 +139,11 @@ def test_overrides_hold_only_meanwhile(model):
         assert (found.index_top_p, found.index_min_tokens, found.index_block_size) == (0.5, 7, 16)
         assert found.sliding_window == 8
     assert model.config.to_dict() == before
+    with parse_variant("sparse:kv=int8").applied(model):
+        assert model.config.kv_cache_dtype == "int8"
+    assert model.config.kv_cache_dtype == "auto"
+    with pytest.raises(ValueError, match="kv_cache_dtype"), parse_variant("sparse:kv=int4").applied(model):
+        pass
     with pytest.raises(ValueError, match="index_block_size"), parse_variant("sparse:block=5").applied(model):
         pass
     assert model.config.to_dict() == before

@@ -1,6 +1,7 @@
 """The decode kernels on a GPU: real sizes, int64 addressing, determinism, CUDA graphs, no synchronisation."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from decode_case import Case, relative_error
 
+from rtpurbo_hf.kernels.append import append_step
 from rtpurbo_hf.kernels.decode import decode_attention, decode_attention_reference, decode_step
 from rtpurbo_hf.kernels.score_select import Selection, select_top_p, select_top_p_reference, selection_mask
 from rtpurbo_hf.kernels.workspace import DecodeWorkspace
@@ -42,6 +44,17 @@ CASES = {
     "index dim 32 int8": {"length": 7000, "index_dim": 32, "int8": True, "peak": 0.4},
     "index dim 64": {"length": 7000, "index_dim": 64, "peak": 0.3},
     "first token": {"length": 1},
+    "32K, K/V int8": {"length": 32768, "kv": "int8"},
+    "32K, K/V fp8": {"length": 32768, "kv": "fp8"},
+    "K/V int8, padded, fp16": {
+        "length": 4111,
+        "q_len": 3,
+        "batch": 2,
+        "padding": (0, 700),
+        "kv": "int8",
+        "dtype": torch.float16,
+    },
+    "K/V fp8, head_dim 256": {"length": 4111, "groups": 2, "head_dim": 256, "retrieval_heads": (1, 5), "kv": "fp8"},
     "many rows": {"length": 700, "batch": 8, "q_len": 8},
 }
 
@@ -117,6 +130,18 @@ def test_step_against_the_references(name: str) -> None:
     assert relative_error(out, expected_of(case, workspace, **variants)) < 5e-3
 
 
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_append_quantises_as_the_reference_does(kv: str) -> None:
+    """Bit for bit, the rounding of the hardware included: prefill and decode write alike."""
+    ours, theirs = make(length=3000, kv=kv), make(length=3000, kv=kv)
+    ours.fill(append=partial(append_step, backend="triton"), step=1000)
+    theirs.fill(step=1000)
+    for got, expected in zip(ours.stores(), theirs.stores(), strict=True):
+        assert torch.equal(got.float().nan_to_num(55.0), expected.float().nan_to_num(55.0))
+    for name, scale in ours.scales().items():
+        assert torch.equal(scale.nan_to_num(55.0), theirs.scales()[name].nan_to_num(55.0))
+
+
 def test_two_runs_are_bitwise_equal() -> None:
     case = make(length=32768)
     case.fill(until=32767, step=1024)
@@ -133,8 +158,9 @@ def test_two_runs_are_bitwise_equal() -> None:
             assert torch.equal(*rows)
 
 
-def test_graph_replay_with_growing_length_and_without_synchronisation() -> None:
-    case = make(length=3000, capacity=4096)
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+def test_graph_replay_with_growing_length_and_without_synchronisation(kv: str | None) -> None:
+    case = make(length=3000, capacity=4096, kv=kv)
     case.fill(until=2990, step=1024)
     workspace, out = workspace_for(case), case.empty_output()
     length = torch.tensor([2991], dtype=torch.int32, device="cuda")
@@ -161,11 +187,13 @@ def test_graph_replay_with_growing_length_and_without_synchronisation() -> None:
             target.copy_(source)
         out.fill_(float("nan"))
         graph.replay()
-        now = make(length=end, capacity=4096)
+        now = make(length=end, capacity=4096, kv=kv)
         for name in ("full_key", "full_value", "index_key", "window_key", "window_value", "query", "index_query"):
             setattr(now, name, getattr(case, name))
+        now.key_scale, now.value_scale = case.key_scale, case.value_scale
         assert relative_error(out, expected_of(now, workspace)) < 5e-3, end
-    assert torch.equal(case.full_key[:, :, 2990:3000], case.key[:, [0, 1, 2], 2990:3000])
+    if kv is None:
+        assert torch.equal(case.full_key[:, :, 2990:3000], case.key[:, [0, 1, 2], 2990:3000])
 
 
 def test_offsets_beyond_int32() -> None:
