@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +15,9 @@ import torch
 
 from .auto import RTPurboForCausalLM
 from .benchmarks.harness import environment
+from .clean_process import CleanProcess
 from .distill import Stage2, own_device, save_distilled, train_stage2
-from .evaluation.fidelity import Fidelity, compare_modes
+from .evaluation.fidelity import Scored, compare_variants
 from .presets import Preset
 from .recipe_data import AdaptationData, adaptation_data, part_of
 from .report import write_report
@@ -38,16 +36,8 @@ from .training.stage_trainer import leave_process_group
 logger = logging.getLogger(__name__)
 
 CALIBRATION_FILE, ADAPTER = "calibration.json", "adapter"
-_GENERATED = 16
-_CLEAN_PROCESS = """
-import json, sys, torch, transformers
-transformers.utils.logging.disable_progress_bar()
-path, ids, new, device, dtype = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
-load = transformers.AutoModelForCausalLM.from_pretrained
-model = load(path, trust_remote_code=True, dtype=getattr(torch, dtype)).to(device).eval()
-out = model.generate(torch.tensor([ids], device=device), max_new_tokens=new, do_sample=False)
-print("\\n" + json.dumps([type(model).__module__.split(".")[0], out[0, len(ids):].tolist()]))
-"""
+# what every report compares, the measure first
+_MODES = {"dense": "dense", "streaming": "streaming", "rtpurbo": "sparse"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,27 +66,6 @@ class _Clock:
         return {**self.seconds, "total": round(time.perf_counter() - self._begin, 2)}
 
 
-def check_in_clean_process(adapter: Path, model: RTPurboForCausalLM, ids: list[int]) -> None:
-    """Load the saved adapter without this package and generate what `model` generates; `model` goes to the CPU.
-
-    Raises:
-        RuntimeError: it does not load, loads our package's code, or generates other tokens.
-    """
-    device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
-    prompt = torch.tensor([ids], device=device)
-    expected = cast(Any, model).generate(prompt, max_new_tokens=_GENERATED, do_sample=False)[0, len(ids) :].tolist()
-    cast(torch.nn.Module, model).to("cpu")  # two copies may not fit the device
-    arguments = [str(adapter.resolve()), json.dumps(ids), str(_GENERATED), device, dtype]
-    command = [sys.executable, "-P", "-c", _CLEAN_PROCESS, *arguments]
-    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=adapter.parent, env=variables, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the saved model does not load in a clean process:\n{done.stderr[-2000:]}")
-    module, tokens = json.loads(done.stdout.strip().splitlines()[-1])
-    if module != "transformers_modules" or tokens != expected:
-        raise RuntimeError(f"the reloaded model ({module}) generates other tokens than the saved one")
-
-
 def adapt(
     base: str | BaseModel,
     output: str | Path,
@@ -120,7 +89,7 @@ def adapt(
         seed: of data order, needles, initialisation and sampling.
         device, dtype: of the model; indexers train in fp32.
         report_to: as in `transformers.TrainingArguments`.
-        stage2: train the backbone as well, on the blocks of stage 1; the report then tells of every step of the way.
+        stage2: train the backbone as well; the report then tells of every step of the way.
 
     Raises:
         ValueError: unsupported base, too little text, settings out of range, or `output` holds another run.
@@ -131,50 +100,59 @@ def adapt(
         source = base if isinstance(base, BaseModel) else load_base(base, dtype=dtype, device=device)
     model = wrap(source, settings)
     with clock("data"):
-        blocks = adaptation_data(data, source.tokenizer, settings, seed)
+        blocks = adaptation_data(data, source.tokenizer, settings, seed, stage2=stage2 is not None)
     # only now: a run that ends on bad settings or data leaves nothing behind
     claim(output, _record(source, settings, seed, data, stage2))
     with clock("calibrate"):
         calibration = _calibration(output, model, blocks, settings, seed)
         _initialise(model, [list(heads) for heads in calibration.retrieval_heads], blocks, settings, seed)
-    needles = _needles(source, blocks, settings, seed)
-    before = None
-    if stage2 is not None:
-        with clock("evaluate before stage 1"):
-            before = _evaluate(model, blocks, needles, settings, modes=("sparse",))["sparse"]
+    untrained = {key: value.clone() for key, value in model.indexer_state_dict().items()}
     with clock("train"):
         trainer = _stage1(output, model, blocks, settings, seed, report_to)
-        stage1 = trainer.evaluate()
-    with clock("save and reload"):
-        adapter = _save(output, model, source, calibration)
-        check_in_clean_process(adapter, model, blocks.held_out.input_ids[0, :64].tolist())
-        model = RTPurboForCausalLM.from_pretrained(adapter, dtype=dtype).to(device).eval()
-    with clock("evaluate"):
-        variants = _evaluate(model, blocks, needles, settings)
-        kv_bytes, kv_bytes_dense = _measured_kv_bytes(model, blocks.held_out.input_ids[0])
-    checkpoint, further = adapter, {}
-    if stage2 is not None and before is not None:
-        further = {"before_stage1": before.to_dict(), "after_stage1": variants["sparse"].to_dict()}
-        checkpoint, dense = output / "model", model
+    prompt = blocks.held_out.input_ids[0, :64].tolist()
+    with CleanProcess() as clean:
+        with clock("evaluate the index"):
+            stage1 = trainer.evaluate()
+        with clock("save and reload"):
+            adapter = _save(output, model, source, calibration)
+            clean.check(adapter, model, prompt)
+            model = RTPurboForCausalLM.from_pretrained(adapter, dtype=dtype).to(device).eval()
+    variants = {name: Scored(model, mode) for name, mode in _MODES.items()}
+    checkpoint, further = adapter, cast(dict[str, Any], {})
+    if stage2 is not None:
+        # stage 2 needs the room
+        adapted, checkpoint = cast(Any, model).to("cpu"), output / "model"
         with clock("stage 2"):
-            model, curve = _stage2(output, adapter, blocks, source, stage2, seed, device, dtype, report_to)
-        with clock("save and reload stage 2"):
-            check_in_clean_process(checkpoint, model, blocks.held_out.input_ids[0, :64].tolist())
+            student = RTPurboForCausalLM.from_pretrained(adapter, dtype=stage2.training_dtype(dtype)).to(device)
+            distiller = train_stage2(
+                student, blocks.distillation, output / "stage2", tokenizer=source.tokenizer, settings=stage2,
+                seed=seed, report_to=report_to,
+            )  # fmt: skip
+        with clock("save and reload stage 2"), CleanProcess() as clean:
+            lora = output / "lora" if stage2.lora_rank else None
+            student = save_distilled(distiller, checkpoint, tokenizer=source.tokenizer, dtype=dtype, lora=lora)
+            clean.check(checkpoint, student, prompt)
             model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-        with clock("evaluate stage 2"):
-            variants = _evaluate(model, blocks, needles, settings, reference=dense)
-        further["stage2"] = {"settings": dataclasses.asdict(stage2), "losses": curve}
-    figures = {name: figure.to_dict() for name, figure in variants.items()}
-    sparse = variants["sparse"]
+        adapted.to(device)
+        variants |= {
+            "before_stage1": Scored(adapted, "sparse", untrained),
+            "after_stage1": Scored(adapted, "sparse"),
+            "rtpurbo": Scored(model, "sparse"),
+        }
+        losses = [{"step": e["step"], "loss": e["loss"]} for e in distiller.state.log_history if "loss" in e]
+        further["stage2"] = {"settings": dataclasses.asdict(stage2), "losses": losses}
+    with clock("evaluate"):
+        needles = _needles(source, blocks, settings, seed)
+        found = compare_variants(variants, list(blocks.held_out.input_ids), needles, rows=settings.eval_rows)
+        kv_bytes, kv_bytes_dense = _measured_kv_bytes(model, blocks.held_out.input_ids[0])
+    sparse = found["rtpurbo"]
     report = {
         "model": source.name,
         "settings": dataclasses.asdict(settings),
         "data": data if isinstance(data, str) else [str(name) for name in data],
         "retrieval_heads": sum(map(len, calibration.retrieval_heads)),
         "query_heads": len(model.converted()) * model.config.get_text_config().num_attention_heads,
-        "dense": figures["dense"],
-        "streaming": figures["streaming"],
-        "rtpurbo": figures["sparse"],
+        **{name: figures.to_dict() for name, figures in found.items()},
         "selected_fraction": sparse.selected_fraction,
         "kept_mass": sparse.kept_mass,
         "kv_bytes": kv_bytes,
@@ -205,12 +183,6 @@ def _needles(source: BaseModel, blocks: AdaptationData, settings: Preset, seed: 
     mixer = NeedleMixer(source.tokenizer, keys=EVALUATION_KEYS)
     gap = min(settings.sliding_window, settings.context // 2)
     return [mixer.insert(row.tolist(), seed=f"{seed}:{i}", gap=gap) for i, row in enumerate(blocks.prompts.input_ids)]
-
-
-def _evaluate(
-    model: RTPurboForCausalLM, blocks: AdaptationData, needles: list[NeedleBlock], settings: Preset, **options: Any
-) -> dict[str, Fidelity]:
-    return compare_modes(model.eval(), list(blocks.held_out.input_ids), needles, rows=settings.eval_rows, **options)
 
 
 def wrap(source: BaseModel, settings: Preset) -> RTPurboForCausalLM:
@@ -314,28 +286,6 @@ def _stage1(output: Path, model, blocks: AdaptationData, settings: Preset, seed:
     done = last_checkpoint(output / "trainer")
     trainer.train(resume_from_checkpoint=None if done is None else str(done))
     return trainer
-
-
-def _stage2(
-    output: Path,
-    adapter: Path,
-    blocks: AdaptationData,
-    source: BaseModel,
-    stage2: Stage2,
-    seed: int,
-    device,
-    dtype,
-    report_to,
-) -> tuple[RTPurboForCausalLM, list[dict[str, float]]]:
-    """The distilled model, saved in `output/model`, and its loss by step."""
-    student = RTPurboForCausalLM.from_pretrained(adapter, dtype=stage2.training_dtype(dtype)).to(device)
-    trainer = train_stage2(
-        student, blocks.train, output / "stage2", tokenizer=source.tokenizer, settings=stage2, seed=seed,
-        report_to=report_to,
-    )  # fmt: skip
-    curve = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
-    lora = output / "lora" if stage2.lora_rank else None
-    return save_distilled(trainer, output / "model", tokenizer=source.tokenizer, dtype=dtype, lora=lora), curve
 
 
 def _measured_kv_bytes(model: RTPurboForCausalLM, ids: torch.Tensor) -> tuple[int, int]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
+
+from .distill import Stage2
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Preset:
         steps, learning_rate, warmup_steps: stage 1.
         rows_per_document: sampled query rows of a block in a step; -1 takes all.
         initialisation: `"svd"` or `"random"`.
+        distill_context, distill_blocks: tokens (at most `context`) and number of stage-2 blocks; both None: stage 1's.
         eval_blocks, eval_prompts, eval_rows: held-out text blocks, key-value prompts, and scored rows of a block.
     """
 
@@ -40,6 +44,8 @@ class Preset:
     warmup_steps: int = 60
     rows_per_document: int = 64
     initialisation: str = "svd"
+    distill_context: int | None = None
+    distill_blocks: int | None = None
     eval_blocks: int = 8
     eval_prompts: int = 8
     eval_rows: int = 512
@@ -79,10 +85,19 @@ PRESETS = {
         warmup_steps=20,
         rows_per_document=32,
         learning_rate=3e-3,
+        distill_context=2048,
+        distill_blocks=10,
         eval_blocks=4,
         eval_prompts=5,
         eval_rows=512,
     ),
+}
+
+STAGE2 = {
+    "default": Stage2(),
+    "paper": Stage2(),
+    # of a 2K block, the rows that local heads do not see everything of
+    "demo": Stage2(steps=10, learning_rate=5e-4, accumulation=1, lora_rank=16, label_rows=1000),
 }
 
 
@@ -92,6 +107,22 @@ def preset(name: str, **overrides) -> Preset:
     Raises:
         ValueError: no such preset.
     """
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; presets are {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **{key: value for key, value in overrides.items() if value is not None})
+    return _named(PRESETS, name, overrides)
+
+
+def stage2_preset(name: str, **overrides) -> Stage2:
+    """Stage 2 of the named preset, with those overrides that are not None. A LoRA's rank and the learning rate go
+    together: an override of the rank alone sets the rate back to that rank's own default.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    if overrides.get("lora_rank") is not None and overrides.get("learning_rate") is None:
+        return replace(_named(STAGE2, name, overrides), learning_rate=None)
+    return _named(STAGE2, name, overrides)
+
+
+def _named(presets: dict[str, Any], name: str, overrides: dict[str, Any]) -> Any:
+    if name not in presets:
+        raise ValueError(f"no preset {name!r}; presets are {', '.join(presets)}")
+    return replace(presets[name], **{key: value for key, value in overrides.items() if value is not None})

@@ -14,19 +14,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaptationData:
-    """Blocks to rank heads on, to train on, and to evaluate on: text, and text that questions are put into."""
+    """Blocks to rank heads on, to train on, and to evaluate on: text, and text that questions are put into.
+
+    `distillation`: what stage 2 trains on; `train`, unless the settings ask for other blocks.
+    """
 
     calibration: TokenBlocks
     train: TokenBlocks
     held_out: TokenBlocks
     prompts: TokenBlocks
+    distillation: TokenBlocks
 
 
-def adaptation_data(source: Any, tokenizer: PreTrainedTokenizerBase, settings: Preset, seed: int) -> AdaptationData:
+def adaptation_data(
+    source: Any, tokenizer: PreTrainedTokenizerBase, settings: Preset, seed: int, *, stage2: bool = False
+) -> AdaptationData:
     """The blocks of an adaptation; documents that are evaluated on are in neither of the other parts.
 
     Args:
         source: see `load_texts`. tokenizer: the model's. settings: lengths and counts. seed: of every draw.
+        stage2: cut the blocks that the settings want for stage 2.
 
     Raises:
         ValueError: too little text.
@@ -45,12 +52,20 @@ def adaptation_data(source: Any, tokenizer: PreTrainedTokenizerBase, settings: P
     limit = settings.train_blocks + settings.calibration_documents
     blocks = pack_documents(train, tokenizer, length, limit=limit, blocks_per_document=2, seed=seed)
     count = min(settings.calibration_documents, max(len(blocks) - 1, 1))
-    mixed = NeedleMixer(tokenizer).mix(part_of(blocks, count, None), share=settings.needle_share, seed=seed)
+    mixer = NeedleMixer(tokenizer)
+    mixed = mixer.mix(part_of(blocks, count, None), share=settings.needle_share, seed=seed)
+    distillation = mixed
+    if stage2 and (settings.distill_context is not None or settings.distill_blocks is not None):
+        size = min(settings.distill_context or length, length)
+        limit = settings.distill_blocks or settings.train_blocks
+        shorter = pack_documents(train, tokenizer, size, limit=limit, blocks_per_document=2, seed=seed)
+        distillation = mixer.mix(shorter, share=settings.needle_share, seed=seed)
     return AdaptationData(
         calibration=part_of(blocks, 0, count),
         train=mixed,
         held_out=part_of(evaluation, 0, texts),
         prompts=part_of(evaluation, texts, None),
+        distillation=distillation,
     )
 
 

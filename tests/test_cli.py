@@ -3,13 +3,23 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from families import tiny_base
+from safetensors.torch import load_file
 from small_tokenizer import small_tokenizer
+
+from rtpurbo_hf import adaptation
+from rtpurbo_hf.cli import main
+from rtpurbo_hf.training.checkpoints import last_checkpoint
+from rtpurbo_hf.training.distillation import SelfDistillationTrainer
+from rtpurbo_hf.training.indexer_trainer import IndexerTrainer
+from rtpurbo_hf.training.stage_trainer import StageTrainer
 
 MODULES = ("argparse", "inspect", "typing", "subprocess", "ast", "pathlib", "tarfile", "zipfile", "datetime", "enum")
 
@@ -103,18 +113,87 @@ def test_calibrate_then_train_indexer(workplace):
 STAGE2 = ("--label-rows", "30", "--accumulation", "2", "--device", "cpu")
 
 
-def test_adapt_with_both_stages(adapted, workplace):
-    options = ("--stages", "1,2", "--stage2-steps", "3", "--stage2-learning-rate", "1e-3", *STAGE2)
-    rtpurbo(workplace, *ADAPT, *options, "--output", "both")
-    report = json.loads((workplace / "both" / "report" / "report.json").read_text())
+BOTH = (
+    *ADAPT, "--stages", "1,2", "--stage2-steps", "3", "--stage2-learning-rate", "1e-3", "--stage2-context", "600",
+    "--stage2-blocks", "6", "--lora-rank", "4", *STAGE2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both(workplace):
+    rtpurbo(workplace, *BOTH, "--output", "both")
+    return workplace / "both"
+
+
+def test_adapt_with_both_stages(adapted, both, workplace):
+    report = json.loads((both / "report" / "report.json").read_text())
     one = json.loads((adapted / "report" / "report.json").read_text())
     assert report["after_stage1"] == one["rtpurbo"]
     assert report["dense"] == one["dense"]
     assert report["before_stage1"]["kl"] != report["after_stage1"]["kl"] != report["rtpurbo"]["kl"]
     assert [entry["step"] for entry in report["stage2"]["losses"]] == [1, 2, 3]
     assert "| after stage 2 |" in (workplace / "both" / "report" / "report.md").read_text()
-    assert (workplace / "both" / "model" / "model.safetensors").exists()
-    assert (workplace / "both" / "adapter" / "rtpurbo_indexer.safetensors").exists()
+    assert (both / "model" / "model.safetensors").exists()
+    assert (both / "adapter" / "rtpurbo_indexer.safetensors").exists()
+    assert (both / "lora" / "adapter_model.safetensors").exists()
+    teacher = json.loads((both / "stage2" / "teacher" / "index.json").read_text())
+    assert teacher["shards"][0]["rows"] >= 6 * 30
+
+
+class NotStarted:
+    """In the place of `CleanProcess`, which other tests are about."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def check(self, saved, model, ids):
+        assert saved.is_dir()
+
+
+def command(monkeypatch, *arguments):
+    """The exit code of `rtpurbo` in this process."""
+    monkeypatch.setattr(sys, "argv", ["rtpurbo", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code or 0
+
+
+def interrupting(trainer, step, good):
+    """`training_step` with one ctrl-C in the middle of that trainer's step."""
+
+    def training_step(self, *args, **kwargs):
+        if type(self) is trainer and self.state.global_step == step and not self.interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        return good(self, *args, **kwargs)
+
+    return training_step
+
+
+def test_ctrl_c_in_either_stage_and_the_same_command_ends_bit_equal(workplace, monkeypatch, caplog):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(adaptation, "CleanProcess", NotStarted)
+    assert command(monkeypatch, *BOTH, "--output", "whole") == 0
+    whole, broken = workplace / "whole", workplace / "broken"
+    for trainer, step, saved in ((IndexerTrainer, 2, "trainer"), (SelfDistillationTrainer, 1, "stage2/trainer")):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(StageTrainer, "training_step", interrupting(trainer, step, StageTrainer.training_step))
+            assert command(patch, *BOTH, "--output", "broken") != 0
+        assert "this step is finished and saved" in caplog.text
+        assert last_checkpoint(broken / saved).name == f"checkpoint-{step + 1}"
+        assert not (broken / "report").exists()
+    assert command(monkeypatch, *BOTH, "--output", "broken") == 0
+    for name in ("adapter/rtpurbo_indexer.safetensors", "lora/adapter_model.safetensors", "model/model.safetensors"):
+        expected, found = load_file(whole / name), load_file(broken / name)
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+    reports = [json.loads((folder / "report" / "report.json").read_text()) for folder in (whole, broken)]
+    for entry in ("before_stage1", "after_stage1", "rtpurbo", "stage2"):
+        assert reports[1][entry] == reports[0][entry]
+    assert reports[1]["stage1"]["eval_kl"] == reports[0]["stage1"]["eval_kl"]
 
 
 def test_cache_teacher_then_distill(adapted, workplace):

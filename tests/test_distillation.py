@@ -325,6 +325,19 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     assert_equal(weights(whole), weights(resumed))
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_resume_of_a_run_that_was_over_takes_no_step(tmp_path, rank):
+    """In the middle of an epoch, where transformers' Trainer takes one more (it did: 8 items, 6 steps)."""
+    options = {"lora_rank": rank}
+    whole = SelfDistillationTrainer(wrapped(), arguments(tmp_path, **options), blocks())
+    whole.train()
+    again = SelfDistillationTrainer(wrapped(), arguments(tmp_path, **options), blocks())
+    assert again.train(resume_from_checkpoint=True).global_step == 6
+    assert losses(again) == losses(whole)
+    assert_equal(weights(whole.trained_model()), weights(again.trained_model()))
+    assert last_checkpoint(tmp_path).name == "checkpoint-6"
+
+
 @pytest.mark.parametrize("what", ["weights", "lora", "optimizer"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, what):
     options = {"save_steps": 2, "save_total_limit": 1, "lora_rank": 4 if what == "lora" else 0}

@@ -112,18 +112,24 @@ def _worker(folder):
     leave_process_group()
 
 
-def start(what, folder):
-    """Two processes that do `what` in `folder`; their exit codes, and the ends of their logs."""
+def start(what, folder, *, script=__file__, **environment):
+    """Two processes of a script that do `what` in `folder`; their exit codes, and the ends of their logs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs, running = [folder / f"{what}-{rank}.txt" for rank in range(2)], []
     for rank, log in enumerate(logs):
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables = {
+            **os.environ,
+            **environment,
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         # files, not pipes: a full pipe of one process would stop both
         with log.open("w") as stream:
-            command = [sys.executable, __file__, what, str(folder)]
+            command = [sys.executable, script, what, str(folder)]
             running.append(subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(timeout=600) for process in running]

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import TrainOutput
 
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from .arguments import StageArguments
@@ -90,11 +91,35 @@ class StageTrainer(Trainer):
         if self.is_world_process_zero():
             remove_incomplete(self._output)
         self.interrupted = False
+        if isinstance(resume_from_checkpoint, str) and not self._engine and self._is_last(resume_from_checkpoint):
+            return self._take_up(resume_from_checkpoint)
         with self._catch_interrupt():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.interrupted:
             raise KeyboardInterrupt
         return result
+
+    @property
+    def _engine(self) -> bool:
+        """Whether weights and optimiser are kept by FSDP or DeepSpeed, which only a training loop sets up."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _is_last(self, checkpoint: str) -> bool:
+        """Whether a checkpoint is of the end of this run, counted in steps."""
+        path = Path(checkpoint) / STATE_FILE
+        return path.is_file() and 0 < self.args.max_steps <= TrainerState.load_from_json(str(path)).global_step
+
+    def _take_up(self, checkpoint: str) -> TrainOutput:
+        """A run that was over: its weights and logs. The Trainer would take one more step in the middle of an epoch."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+        return TrainOutput(self.state.global_step, float("nan"), {})
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`; after a run's last step, where FSDP and DeepSpeed runs resume, nothing moves."""
+        if 0 < self.args.max_steps <= self.state.global_step:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(*args, **kwargs)
 
     @contextlib.contextmanager
     def _catch_interrupt(self) -> Iterator[None]:

@@ -7,7 +7,8 @@ them, all in one forward. The dense model on the same weights is the measure.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -115,12 +116,37 @@ class _Sums:
         )
 
 
-def _logits(model: RTPurboForCausalLM, ids: torch.Tensor, rows: int, mode: str, stats: SelectionStats) -> torch.Tensor:
+@dataclass(frozen=True)
+class Scored:
+    """What is scored: a model in an attention mode, and `indexers` (`indexer_state_dict`) to put in meanwhile."""
+
+    model: RTPurboForCausalLM
+    mode: str
+    indexers: Mapping[str, torch.Tensor] | None = None
+
+    @contextmanager
+    def prepared(self) -> Iterator[RTPurboForCausalLM]:
+        """The model in its mode, with these indexers."""
+        own = self.model.indexer_state_dict() if self.indexers is not None else {}
+        kept = {key: value.clone() for key, value in own.items()}
+        try:
+            with torch.no_grad():
+                for key, value in (self.indexers or {}).items():
+                    own[key].copy_(value)
+            with self.model.attention_mode(self.mode):
+                yield self.model
+        finally:
+            with torch.no_grad():
+                for key, value in kept.items():
+                    own[key].copy_(value)
+
+
+def _logits(variant: Scored, ids: torch.Tensor, rows: int, stats: SelectionStats) -> torch.Tensor:
     """fp32 logits `[rows, vocabulary]` of the last rows, attending as decode steps where the mode selects."""
     options: dict = {}
-    if mode == "sparse":
+    if variant.mode == "sparse":
         options = {"decode_rows": rows, "on_selection": stats.observe}
-    with torch.inference_mode(), model.attention_mode(mode):
+    with variant.prepared() as model, torch.inference_mode():
         return model(ids, use_cache=False, logits_to_keep=rows, **options).logits[0].float()
 
 
@@ -138,48 +164,67 @@ def compare_modes(
 
     Args:
         model: the adapted model.
-        text_blocks: int64 `[length]` each; the last `rows` positions are scored.
-        needle_blocks: key-value prompts; all answer tokens of a question must be the most likely ones, given the
-            right ones before them, which is what greedy decoding would produce.
+        text_blocks, needle_blocks, rows, progress: see `compare_variants`.
         modes: attention modes; `"dense"` is always run, as the measure of the others.
-        rows: scored rows of a text block.
-        progress: show a bar.
         reference: the model whose dense mode is the measure, where `model` has other weights (stage 2); None: `model`.
 
     Returns:
         `{mode: Fidelity}` in the order of `modes`.
     """
-    measure = model if reference is None else reference
-    order = ["dense", *(mode for mode in modes if mode != "dense")]
-    sums = {mode: _Sums() for mode in order}
+    variants = {"dense": Scored(model if reference is None else reference, "dense")}
+    variants |= {mode: Scored(model, mode) for mode in modes if mode != "dense"}
+    found = compare_variants(variants, text_blocks, needle_blocks, rows=rows, progress=progress)
+    return {mode: found[mode] for mode in modes}
+
+
+def compare_variants(
+    variants: Mapping[str, Scored],
+    text_blocks: Sequence[torch.Tensor],
+    needle_blocks: Iterable[NeedleBlock],
+    *,
+    rows: int = 256,
+    progress: bool = True,
+) -> dict[str, Fidelity]:
+    """Score models and attention modes side by side on the same rows.
+
+    Args:
+        variants: by name; the first one is the measure of the others.
+        text_blocks: int64 `[length]` each; the last `rows` positions are scored.
+        needle_blocks: key-value prompts; all answer tokens of a question must be the most likely ones, given the
+            right ones before them, which is what greedy decoding would produce.
+        rows: scored rows of a text block.
+        progress: show a bar.
+
+    Returns:
+        The variants' figures by name.
+    """
+    sums = {name: _Sums() for name in variants}
+    device = next(iter(variants.values())).model.device
     needles = list(needle_blocks)
-    bar = tqdm(total=(len(text_blocks) + len(needles)) * len(order), desc="evaluate", disable=not progress)
+    bar = tqdm(total=(len(text_blocks) + len(needles)) * len(variants), desc="evaluate", disable=not progress)
     for block in text_blocks:
-        ids = block.to(model.device).long()[None]
+        ids = block.to(device).long()[None]
         scored = min(rows, ids.shape[1] - 1)
         targets = ids[0, -scored + 1 :] if scored > 1 else ids[0, :0]
-        dense = torch.zeros(0)
-        for mode in order:
-            asked = measure if mode == "dense" else model
-            logits = _logits(asked, ids, scored, mode, sums[mode].stats)[:-1].log_softmax(-1)
-            if mode == "dense":
-                dense = logits
-            total = sums[mode]
+        measure: torch.Tensor | None = None
+        for name, variant in variants.items():
+            total = sums[name]
+            logits = _logits(variant, ids, scored, total.stats)[:-1].log_softmax(-1)
+            measure = logits if measure is None else measure
             total.nll -= logits.gather(1, targets[:, None]).sum().item()
-            total.kl += (dense.exp() * (dense - logits)).sum().item()
-            total.agree += int((logits.argmax(1) == dense.argmax(1)).sum())
+            total.kl += (measure.exp() * (measure - logits)).sum().item()
+            total.agree += int((logits.argmax(1) == measure.argmax(1)).sum())
             total.rows += len(targets)
             bar.update()
     for needle in needles:
-        ids = torch.tensor(needle.input_ids, device=model.device)[None]
+        ids = torch.tensor(needle.input_ids, device=device)[None]
         first = min(start for start, _ in needle.answer_spans) - 1
-        for mode in order:
-            asked = measure if mode == "dense" else model
-            best = _logits(asked, ids, ids.shape[1] - first, mode, sums[mode].stats).argmax(1)
+        for name, variant in variants.items():
+            best = _logits(variant, ids, ids.shape[1] - first, sums[name].stats).argmax(1)
             for start, stop in needle.answer_spans:
                 answer = best[start - 1 - first : stop - 1 - first]
-                sums[mode].right += bool(torch.equal(answer, ids[0, start:stop]))
-                sums[mode].questions += 1
+                sums[name].right += bool(torch.equal(answer, ids[0, start:stop]))
+                sums[name].questions += 1
             bar.update()
     bar.close()
-    return {mode: sums[mode].result() for mode in modes}
+    return {name: total.result() for name, total in sums.items()}
