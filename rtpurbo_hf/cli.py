@@ -445,18 +445,29 @@ def bench_model(
     preset: Annotated[str, typer.Option(help="quick or paper.")] = "quick",
     shape: Annotated[str, typer.Option(help="qwen3-8b, or qwen3-30b-a3b (12 of its 48 layers).")] = "qwen3-8b",
     lengths: Annotated[str | None, typer.Option(help="Tokens instead of the preset's, as 8192,131072.")] = None,
-    batch: Annotated[str, typer.Option(help="Batches of the decode steps, as 1,4.")] = "1",
+    batch: Annotated[
+        str | None, typer.Option(help="Batches of the decode steps, as 1,4.", show_default="the preset's")
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers to build.", show_default="the shape's")] = None,
+    only: Annotated[str | None, typer.Option(help="Parts, as decode,prefill; of context, decode and prefill.")] = None,
+    compile_seconds: Annotated[float, typer.Option(help="Spend this long on compiling dense peers.")] = 150.0,
+    name: Annotated[str, typer.Option(help="Basename of the result files; parts with one name add up.")] = "model",
 ) -> None:
     """Time a whole model with random weights against its dense base (CUDA only): prefill, decode, cache bytes."""
     from .benchmarks.harness import table
     from .benchmarks.model import COLUMNS, run_model_benchmark
 
     tokens = _numbers("--lengths", lengths) if lengths else None
-    batches = _numbers("--batch", batch)
+    batches = _numbers("--batch", batch) if batch else None
+    parts = only.split(",") if only else None
     device_named("cuda")
-    rows = run_model_benchmark(preset, output, shape=shape, lengths=tokens, batches=batches, layers=layers)
+    rows = run_model_benchmark(
+        preset, output, shape=shape, lengths=tokens, batches=batches, layers=layers, only=parts,
+        compile_seconds=compile_seconds, name=name,
+    )  # fmt: skip
     typer.echo(table(rows, extra=COLUMNS))
+    if any(row.extra.get("check") != "ok" for row in rows):
+        raise ValueError("some results are wrong: see the rows whose check is red")
 
 
 cli_hub.register(app)

@@ -71,6 +71,14 @@ class Row:
         }
         return fixed | {name: value for name, value in self.extra.items() if name not in fixed}
 
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Row:
+        """The row that `record()` was made of, as far as it was stored."""
+        extra = dict(record)
+        fixed = {name: extra.pop(name) for name in ("case", "length", "ratio", "ms", "peer_ms", "roofline")}
+        extra.pop("speedup", None)
+        return cls(**fixed, extra=extra)
+
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """`||out - expected|| / ||expected||` in fp32; NaN and inf anywhere give inf."""
@@ -281,8 +289,10 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
     pyplot.close(figure)
 
 
-def write(rows: Sequence[Row], path: str | Path, *, meta: dict[str, Any] | None = None) -> list[Path]:
-    """Write `path`.json (`{"meta", "rows"}`), .csv and, with matplotlib, .png; `path` has no suffix."""
+def write(
+    rows: Sequence[Row], path: str | Path, *, meta: dict[str, Any] | None = None, figure: bool = True
+) -> list[Path]:
+    """Write `path`.json (`{"meta", "rows"}`), .csv and, with matplotlib and `figure`, .png; `path` has no suffix."""
     base = Path(path)
     base.parent.mkdir(parents=True, exist_ok=True)
     meta = environment() if meta is None else meta
@@ -294,7 +304,7 @@ def write(rows: Sequence[Row], path: str | Path, *, meta: dict[str, Any] | None 
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows(records)
-    if _version("matplotlib") is not None:
+    if figure and _version("matplotlib") is not None:
         files.append(base.with_name(base.name + ".png"))
         plot(rows, files[-1], title=f"{meta.get('device')}, commit {str(meta.get('commit'))[:12]}")
     return files

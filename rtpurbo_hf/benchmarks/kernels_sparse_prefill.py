@@ -42,10 +42,12 @@ KEY_SPAN, QUERY_SPAN = 96, 192
 KEY_OWN, QUERY_OWN, NOISE = 0.2, 0.1, 0.3
 
 
-def _spans(length: int, span: int, own: float) -> torch.Tensor:
-    """fp32 normal `[length, INDEX_DIM]`, constant over spans but for the part `own` of the variance."""
-    shared = torch.randn(-(-length // span), INDEX_DIM, device="cuda").repeat_interleave(span, 0)[:length]
-    return math.sqrt(1 - own) * shared + math.sqrt(own) * torch.randn(length, INDEX_DIM, device="cuda")
+def spans(
+    length: int, span: int, own: float, *, dim: int = INDEX_DIM, device: torch.device | str = "cuda"
+) -> torch.Tensor:
+    """fp32 normal `[length, dim]`, constant over spans but for the part `own` of the variance."""
+    shared = torch.randn(-(-length // span), dim, device=device).repeat_interleave(span, 0)[:length]
+    return math.sqrt(1 - own) * shared + math.sqrt(own) * torch.randn(length, dim, device=device)
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class SparseLayer:
         for head, sigma in zip(layer.retrieval, spreads(len(layer.retrieval), SELECTED[length]), strict=True):
             kv_head = head // geometry.group
             if kv_head not in latents:
-                latents[kv_head] = _spans(length, KEY_SPAN, KEY_OWN).bfloat16()
+                latents[kv_head] = spans(length, KEY_SPAN, KEY_OWN).bfloat16()
                 layer.key[0, kv_head, :, :INDEX_DIM] = latents[kv_head]
-            direction = sigma * torch.nn.functional.normalize(_spans(length, QUERY_SPAN, QUERY_OWN), dim=-1)
+            direction = sigma * torch.nn.functional.normalize(spans(length, QUERY_SPAN, QUERY_OWN), dim=-1)
             layer.query[0, head] *= NOISE
             layer.query[0, head, :, :INDEX_DIM] = (direction / layer.scale).bfloat16()
             index_query.append(direction.bfloat16())

@@ -1,6 +1,7 @@
 """`rtpurbo bench model`: whole models with random weights against the same base, dense, in one process.
 
-`ttft_vs_sdpa`: prefill with a cache, to the first token. `tpot_vs_dense_graph`: one token at a time on a context that
+`ttft_vs_sdpa`: prefill with a cache, to the first token; `ttft_vs_sdpa_sparse`: with `retrieval_prefill="sparse_tiled"`
+and a planted index. `tpot_vs_dense_graph`: one token at a time on a context that
 was planted, not prefilled (`model_planted.py`). `kv_bytes_vs_predicted`: what `rtpurbo info` says ahead of time.
 `max_context_80gb`: caches of all layers, allocated until a card is full.
 """
@@ -8,8 +9,11 @@ was planted, not prefilled (`model_planted.py`). `kv_bytes_vs_predicted`: what `
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,12 @@ from ..info import checkpoint_info, head_plans
 from ..modeling.cache_rtpurbo import RTPurboCache
 from ..modeling.configuration_rtpurbo import RTPurboConfig
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
-from . import model_dense
-from .harness import Row, checked, copy_bandwidth, environment, matmul_rate, measure, relative_error, table, write
+from . import model_check, model_dense
+from .harness import Row, checked, copy_bandwidth, environment, matmul_rate, measure, table
+from .model_dense import Budget, Peers
 from .model_plan import (
     NUM_SINKS,
+    PARTS,
     PRESETS,
     RATIO,
     SHAPES,
@@ -35,14 +41,17 @@ from .model_plan import (
     make_plan,
     selected_share,
 )
-from .model_planted import STEPS, CountSelected, ScaleIndex, TwoLevels, converted_layer, planted_cache
+from .model_planted import STEPS, CountSelected, PlantedIndex, ScaleIndex, converted_layer, planted_cache
+from .model_results import Results
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("shape", "batch", "peer", "selected", "kv_bytes", "predicted_bytes", "tokens", "dense_tokens", "check")
 CARD_BYTES = 80 * 2**30
-CHECK_LENGTH, TOLERANCE = 12_288, 5e-2
 GRANULE = 4096
+# case and `retrieval_prefill` of each prefill
+PREFILLS = {"ttft_vs_sdpa": "dense", "ttft_vs_sdpa_sparse": "sparse_tiled"}
+COMPILE_SECONDS, COMPILED_LENGTH = 150.0, 131_072
 
 
 def settings(config: PreTrainedConfig) -> dict[str, Any]:
@@ -59,13 +68,11 @@ def settings(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def build_base(plan: Plan):
+def build_base(config: PreTrainedConfig):
     """The base model with random weights, in bf16 on the GPU, attending with SDPA."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        base = AutoModelForCausalLM.from_config(
-            plan.shape.config(), dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     for layer in base.model.layers:
         if type(layer.mlp).__name__.endswith("MLP"):
             layer.mlp = model_dense.TiledMLP(layer.mlp)
@@ -73,8 +80,9 @@ def build_base(plan: Plan):
 
 
 def convert(base) -> RTPurboForCausalLM:
-    """The same modules, attending the RTPurbo way; index queries have about unit norm."""
-    model = RTPurboForCausalLM.from_base(base, **settings(base.config))
+    """A twin of the base that attends the RTPurbo way, on the same weights; index queries have about unit norm."""
+    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    model = RTPurboForCausalLM.from_base(copy.deepcopy(base, shared), **settings(base.config))
     for indexer in model.indexers().values():
         for weight in (indexer.q_proj, indexer.k_proj):
             torch.nn.init.normal_(weight, std=(weight.shape[1] * weight.shape[2]) ** -0.5)
@@ -86,134 +94,112 @@ def prompt(length: int, batch: int = 1) -> torch.Tensor:
     return torch.randint(0, 150_000, (batch, length), device="cuda", generator=generator)
 
 
-# --- dense, before the base is converted ---------------------------------------------------------------------------
+def free() -> None:
+    """Give memory back between cases: cycles hold caches and models for a while."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-def dense_prefills(base, plan: Plan) -> dict[int, tuple[float, int] | None]:
-    """Milliseconds and peak bytes by length; None where it does not fit."""
+def check(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The verdicts on decode steps and on both prefills, from a model of two layers that is gone afterwards."""
+    model = convert(build_base(plan.shape.check_config(model_check.LAYERS)))
+    verdicts = {}
+    if "decode" in plan.parts:
+        verdicts["decode"] = model_check.check_decode(model)
+    if "prefill" in plan.parts:
+        verdicts |= {mode: model_check.check_prefill(model, mode) for mode in PREFILLS.values()}
+    for name, entries in verdicts.items():
+        logger.info("check of %s: %s", name, entries)
+    return verdicts
+
+
+# --- prefill -------------------------------------------------------------------------------------------------------
+
+
+def prefill_rows(base, model, plan: Plan, verdicts: dict[str, dict[str, Any]]) -> Iterator[Row]:
+    """Time to the first token in both prefill modes, and the bytes that the cache then holds; shortest first."""
     model_dense.prefill_ms(base, prompt(2048))
-    results: dict[int, tuple[float, int] | None] = {}
-    for length in plan.prefill:
-        try:
-            results[length] = model_dense.prefill_ms(base, prompt(length))
-        except torch.cuda.OutOfMemoryError:
-            logger.warning("the dense prefill of %d tokens does not fit on this card", length)
-            results[length] = None
-        torch.cuda.empty_cache()
-    return results
-
-
-def dense_steps(base, plan: Plan) -> dict[tuple[int, int], tuple[float, str] | None]:
-    """Milliseconds a token and the peer's name by (length, batch); None where the cache does not fit."""
-    model_dense.register()
-    results: dict[tuple[int, int], tuple[float, str] | None] = {}
-    for length in plan.decode:
-        for batch in plan.batches:
-            try:
-                results[length, batch] = model_dense.decode_ms(base, length, batch)
-            except torch.cuda.OutOfMemoryError:
-                logger.warning("a dense cache of %d x %d tokens does not fit on this card", batch, length)
-                results[length, batch] = None
-            torch.cuda.empty_cache()
-    return results
-
-
-# --- ours ----------------------------------------------------------------------------------------------------------
-
-
-def is_graphed(cache: RTPurboCache, batch: int) -> bool:
-    return getattr(cache.graphs.get(batch), "graph", None) is not None
-
-
-def check_model(model: RTPurboForCausalLM) -> dict[str, Any]:
-    """The graphed step's logits against the reference backend's, on a cache whose selection is unambiguous.
-
-    `control_error` is what the logits would be off by if the selection were ignored.
-    """
-    config = model.config
-    cache = planted_cache(model, CHECK_LENGTH, 1)
-    levels = TwoLevels(model, cache)
-    ids = prompt(1)
-    config.index_min_tokens = levels.count
-
-    def again(**options: Any) -> torch.Tensor:
-        if cache.get_seq_length() > CHECK_LENGTH:
-            cache.crop(-1)
-        return model(input_ids=ids, past_key_values=cache, **options).logits.float()
-
-    try:
-        again(observer=levels)
-        config.attention_backend = "reference"
-        expected = again()
-        config.index_top_p = 1.0
-        control = again()
-        config.index_top_p, config.attention_backend = TOP_P, "auto"
-        again()
-        out = again()
-        graphed = is_graphed(cache, 1)
-    finally:
-        config.index_top_p, config.attention_backend, config.index_min_tokens = TOP_P, "auto", 0
-    return {
-        **checked(relative_error(out, expected), TOLERANCE),
-        "control_error": relative_error(control, expected),
-        "graphed": graphed,
-    }
-
-
-def prefill_rows(model, plan: Plan, dense, verdict: dict[str, Any]) -> list[Row]:
-    """Time to the first token, and the bytes that the cache then holds."""
-    rows = []
     first_tokens(model, 2 * WINDOW)
-    for length in tqdm(plan.prefill, desc="prefill"):
-        torch.cuda.empty_cache()
+    for length in tqdm(sorted(plan.prefill), desc="prefill"):
+        peers = model_dense.prefill_peers(base, prompt(length))
+        for case, mode in PREFILLS.items():
+            yield from prefill_case(model, plan, length, case, mode, peers, verdicts[mode])
+
+
+def prefill_case(
+    model, plan: Plan, length: int, case: str, mode: str, peers: Peers, verdict: dict[str, Any]
+) -> Iterator[Row]:
+    """One prefill: its time and, for the default mode, what its cache holds."""
+    free()
+    planted: dict[str, Any] = {}
+    common = {"shape": plan.shape.name, "layers": plan.shape.layers, "batch": 1}
+    model.config.retrieval_prefill = mode
+    try:
         before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        ms, cache = first_tokens(model, length)
-        peak = torch.cuda.max_memory_allocated()
-        allocated = torch.cuda.memory_allocated() - before
-        held = cache.nbytes()
-        del cache
-        predicted = checkpoint_info(model.config, context=length).kv_bytes
-        dense_bytes = checkpoint_info(model.config, context=length).kv_bytes_dense
-        peer = dense[length]
-        extra = {
-            "shape": plan.shape.name,
-            "layers": plan.shape.layers,
-            "batch": 1,
-            "peer": "SDPA, whole prompt" if peer else "SDPA does not fit",
-            "peak_bytes": peak,
-            "peer_peak_bytes": peer[1] if peer else None,
-            **verdict,
-        }
-        rows.append(Row("ttft_vs_sdpa", length, RATIO, ms, peer[0] if peer else None, None, extra))
-        off = abs(allocated / predicted["total"] - 1)
-        extra = {
-            "shape": plan.shape.name,
-            "layers": plan.shape.layers,
-            "batch": 1,
-            "kv_bytes": held["total"],
-            "predicted_bytes": predicted["total"],
-            "allocated_bytes": allocated,
-            "dense_bytes": dense_bytes,
-            "by_kind": held,
-            **checked(max(off, abs(held["total"] / predicted["total"] - 1)), 0.02),
-        }
-        rows.append(Row("kv_bytes_vs_predicted", length, RATIO, ms, None, None, extra))
-    return rows
+        if mode == "dense":
+            ms, peak, cache = first_tokens(model, length)
+        else:
+            with PlantedIndex(model, length, selected_share(length)) as index:
+                ms, peak, cache = first_tokens(model, length)
+                del cache
+                planted = {
+                    "selected_blocks": index.selected_blocks(model.config),
+                    "index": "planted; q, k and v random: what the lists keep of the attention is measured elsewhere",
+                }
+    except torch.cuda.OutOfMemoryError:
+        logger.warning("the %s prefill of %d tokens does not fit on this card", mode, length)
+        return
+    finally:
+        model.config.retrieval_prefill = "dense"
+    best = peers.best()
+    extra = {
+        **common,
+        **peers.entries(),
+        "sdpa_default": peers.default,
+        "retrieval_prefill": mode,
+        "peak_bytes": peak,
+        "peer_peak_bytes": peers.bytes,
+        **planted,
+        **verdict,
+    }
+    yield Row(case, length, RATIO, ms, best[0] if best else None, None, extra)
+    if mode == "dense":
+        yield bytes_row(model, length, ms, cache, torch.cuda.memory_allocated() - before, common)
 
 
-def first_tokens(model, length: int) -> tuple[float, RTPurboCache]:
-    """Milliseconds of a prefill and its first token, and the cache that it leaves."""
+def bytes_row(model, length: int, ms: float, cache: RTPurboCache, allocated: int, common: dict[str, Any]) -> Row:
+    """What the cache holds after a prefill against what `rtpurbo info` says ahead of time."""
+    held, info = cache.nbytes(), checkpoint_info(model.config, context=length)
+    predicted = info.kv_bytes["total"]
+    off = max(abs(allocated / predicted - 1), abs(held["total"] / predicted - 1))
+    extra = {
+        **common,
+        "kv_bytes": held["total"],
+        "predicted_bytes": predicted,
+        "allocated_bytes": allocated,
+        "dense_bytes": info.kv_bytes_dense,
+        "by_kind": held,
+        **checked(off, 0.02),
+    }
+    return Row("kv_bytes_vs_predicted", length, RATIO, ms, None, None, extra)
+
+
+def first_tokens(model, length: int) -> tuple[float, int, RTPurboCache]:
+    """Milliseconds of a prefill and its first token, the peak of the allocated bytes, and the cache that it leaves."""
     ids, cache = prompt(length), model.new_cache()
+    torch.cuda.reset_peak_memory_stats()
 
     def run() -> int:
         return int(model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1)[0])
 
     timing = measure(run, warmup=0, repeats=1)
-    return timing.median_ms, cache
+    return timing.median_ms, torch.cuda.max_memory_allocated(), cache
 
 
-def decode_row(model, plan: Plan, length: int, batch: int, peer, verdict: dict[str, Any]) -> Row:
+# --- decode --------------------------------------------------------------------------------------------------------
+
+
+def decode_row(model, plan: Plan, length: int, batch: int, peers: Peers, verdict: dict[str, Any]) -> Row:
     """Time per output token at one length, as `generate(cache_implementation="static")` makes it."""
     cache = planted_cache(model, length, batch)
     ids = prompt(1, batch)
@@ -224,33 +210,53 @@ def decode_row(model, plan: Plan, length: int, batch: int, peer, verdict: dict[s
         return model(input_ids=ids, past_key_values=cache).logits
 
     ours = measure(step, warmup=5, repeats=20).median_ms
-    graphed = is_graphed(cache, batch)
+    graphed = model_check.is_graphed(cache, batch)
     counter = CountSelected(model, cache)
     model(input_ids=ids, past_key_values=cache, observer=counter)
+    best = peers.best()
     extra = {
         "shape": plan.shape.name,
         "layers": plan.shape.layers,
         "batch": batch,
-        "peer": peer[1] if peer else "dense cache does not fit",
+        **peers.entries(),
         "selected": counter.mean(),
         "planted": share,
-        "graphed": graphed,
         "kv_bytes": cache.nbytes()["total"],
         "index": "planted: normal index keys scaled to the stated share; K and V random",
         **verdict,
+        "graphed": graphed,
     }
-    return Row("tpot_vs_dense_graph", length, RATIO, ours, peer[0] if peer else None, None, extra)
+    return Row("tpot_vs_dense_graph", length, RATIO, ours, best[0] if best else None, None, extra)
 
 
-def decode_rows(model, plan: Plan, dense, verdict: dict[str, Any]) -> list[Row]:
-    rows = []
-    for length, batch in tqdm([(n, b) for n in plan.decode for b in plan.batches], desc="decode"):
+def decode_rows(base, model, plan: Plan, verdict: dict[str, Any], compile_seconds: float) -> Iterator[Row]:
+    """A row for each length and batch whose cache fits, and again once its compiled peers were timed."""
+    cases = [(length, batch) for length in sorted(plan.decode) for batch in plan.batches]
+    measured: dict[tuple[int, int], tuple[Peers, Row]] = {}
+    for length, batch in tqdm(cases, desc="decode"):
+        peers = model_dense.graphed_peers(base, length, batch)
         try:
-            rows.append(decode_row(model, plan, length, batch, dense[length, batch], verdict))
+            row = decode_row(model, plan, length, batch, peers, verdict)
         except torch.cuda.OutOfMemoryError:
             logger.warning("a cache of %d x %d tokens does not fit on this card", batch, length)
-        torch.cuda.empty_cache()
-    return rows
+        else:
+            measured[length, batch] = peers, row
+            yield row
+        free()
+    budget = Budget(compile_seconds)
+    for case in tqdm(compile_order(list(measured)), desc="compiled dense steps"):
+        peers, row = measured[case]
+        model_dense.add_compiled(peers, base, case[0], case[1], budget)
+        best = peers.best()
+        yield replace(row, peer_ms=best[0] if best else None, extra={**row.extra, **peers.entries()})
+        free()
+
+
+def compile_order(cases: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Cases by importance, for a budget that may not last: the shortest and `COMPILED_LENGTH` at the smallest batch."""
+    smallest = min((batch for _, batch in cases), default=1)
+    shortest = min((length for length, _ in cases), default=0)
+    return sorted(cases, key=lambda case: (case[0] not in (shortest, COMPILED_LENGTH), case[1] != smallest, case))
 
 
 # --- the longest context -------------------------------------------------------------------------------------------
@@ -330,37 +336,51 @@ def run_model_benchmark(
     *,
     shape: str = "qwen3-8b",
     lengths: Sequence[int] | None = None,
-    batches: Sequence[int] = (1,),
+    batches: Sequence[int] | None = None,
     layers: int | None = None,
+    only: Sequence[str] | None = None,
+    compile_seconds: float = COMPILE_SECONDS,
     name: str = "model",
 ) -> list[Row]:
     """Run, check and store the model benchmark; needs a CUDA device.
 
+    Every row is stored as soon as it is measured. Parts may run in several calls with one `name`: rows of earlier
+    calls stay, if they are of the same device, versions, commit and preset.
+
     Args:
-        preset: `"quick"` or `"paper"` (lengths up to 256K: some minutes).
+        preset: `"quick"` or `"paper"` (lengths up to 256K, batches 1 and 4: some minutes).
         output: folder for `name`.json, .csv and .png.
         shape: `"qwen3-8b"` or `"qwen3-30b-a3b"` (12 of its 48 layers, unless `layers` says otherwise).
-        lengths: instead of the preset's. batches: of the decode steps. layers: how many of the model to build.
+        lengths, batches: instead of the preset's; batches are of the decode steps. layers: of the model to build.
+        only: parts, of `"context"`, `"decode"` and `"prefill"`; None: all.
+        compile_seconds: no dense peer is compiled any more once compiling took so long.
+
+    Returns:
+        All rows of the file.
 
     Raises:
-        ValueError: see `make_plan`.
+        ValueError: see `make_plan` and `Results`.
     """
-    plan = make_plan(preset, shape=shape, lengths=lengths, batches=batches, layers=layers)
+    plan = make_plan(preset, shape=shape, lengths=lengths, batches=batches, layers=layers, only=only)
     ceilings = {"copy_bytes_per_s": copy_bandwidth(), "bf16_matmul_flops_per_s": matmul_rate()}
-    torch.cuda.empty_cache()
-    rows = [context_row()]
-    base = build_base(plan)
-    prefills = dense_prefills(base, plan)
-    steps = dense_steps(base, plan)
-    model = convert(base)
-    verdict = check_model(model)
-    logger.info("graphed step against the reference: %s", verdict)
-    torch.cuda.empty_cache()
-    rows += decode_rows(model, plan, steps, verdict)
-    rows += prefill_rows(model, plan, prefills, verdict)
-    heads = {"retrieval_heads": model.config.retrieval_heads, "step_room": STEPS}
-    write(rows, Path(output) / name, meta=environment() | {"preset": preset, "ceilings": ceilings, **heads})
-    return rows
+    heads = settings(plan.shape.config())["retrieval_heads"]
+    facts = {"preset": preset, "ceilings": ceilings, "retrieval_heads": heads, "step_room": STEPS}
+    results = Results(Path(output) / name, environment() | facts)
+    free()
+    if "context" in plan.parts:
+        results.add(context_row())
+    if plan.parts != ("context",):
+        verdicts = check(plan)
+        free()
+        base = build_base(plan.shape.config())
+        model = convert(base)
+        if "decode" in plan.parts:
+            for row in decode_rows(base, model, plan, verdicts["decode"], compile_seconds):
+                results.add(row)
+        if "prefill" in plan.parts:
+            for row in prefill_rows(base, model, plan, verdicts):
+                results.add(row)
+    return results.close()
 
 
 def main() -> None:
@@ -369,8 +389,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the result files")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-8b")
     parser.add_argument("--lengths", type=int, nargs="+")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--only", choices=PARTS, nargs="+")
+    parser.add_argument("--compile-seconds", type=float, default=COMPILE_SECONDS)
     parser.add_argument("--name", default="model", help="basename of the result files")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
@@ -381,6 +403,8 @@ def main() -> None:
         lengths=arguments.lengths,
         batches=arguments.batch,
         layers=arguments.layers,
+        only=arguments.only,
+        compile_seconds=arguments.compile_seconds,
         name=arguments.name,
     )
     print(table(rows, extra=COLUMNS))

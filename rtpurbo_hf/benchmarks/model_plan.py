@@ -13,6 +13,8 @@ from .kernels_decode import SELECTED
 
 RATIO, TOP_P, WINDOW, NUM_SINKS = 0.15, 0.9, 8192, 4
 PRESETS = ("quick", "paper")
+PARTS = ("context", "decode", "prefill")
+BATCHES = {"quick": (1,), "paper": (1, 4)}
 DECODE_LENGTHS = {"quick": (8192, 32_768), "paper": (8192, 32_768, 131_072, 262_144)}
 PREFILL_LENGTHS = {"quick": (16_384,), "paper": (32_768, 131_072, 262_144)}
 
@@ -39,6 +41,13 @@ class Shape:
             **dict(self.options),
         )
 
+    def check_config(self, layers: int) -> PreTrainedConfig:
+        """A config of `layers` layers without experts: a router's near ties would look like errors of attention."""
+        config = self.config(layers)
+        if hasattr(config, "mlp_only_layers"):
+            config.mlp_only_layers = list(range(layers))
+        return config
+
 
 SHAPES = {
     "qwen3-8b": Shape(
@@ -56,12 +65,13 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One run: `prefill` and `decode` lengths, and the `batches` of the decode steps."""
+    """One run: its `parts`, `prefill` and `decode` lengths, and the `batches` of the decode steps."""
 
     shape: Shape
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
     batches: tuple[int, ...]
+    parts: tuple[str, ...] = PARTS
 
 
 def make_plan(
@@ -69,13 +79,14 @@ def make_plan(
     *,
     shape: str = "qwen3-8b",
     lengths: Sequence[int] | None = None,
-    batches: Sequence[int] = (1,),
+    batches: Sequence[int] | None = None,
     layers: int | None = None,
+    only: Sequence[str] | None = None,
 ) -> Plan:
     """The run that the arguments ask for; `lengths` replaces the preset's, for prefill and decode alike.
 
     Raises:
-        ValueError: unknown preset or shape, a length that the planted index has no figure for, an empty batch.
+        ValueError: unknown preset, shape or part, a length that the planted index has no figure for, an empty batch.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
@@ -84,6 +95,10 @@ def make_plan(
     for length in lengths or ():
         if length < WINDOW:
             raise ValueError(f"lengths start at the window, {WINDOW}; got {length}")
+    unknown = [part for part in only or () if part not in PARTS]
+    if unknown:
+        raise ValueError(f"the parts are {PARTS}, got {unknown[0]!r}")
+    batches = BATCHES[preset] if batches is None else batches
     if not batches or min(batches) < 1:
         raise ValueError(f"batches must be one or more positive numbers, got {tuple(batches)}")
     chosen = SHAPES[shape]
@@ -96,6 +111,7 @@ def make_plan(
         tuple(lengths or PREFILL_LENGTHS[preset]),
         tuple(lengths or DECODE_LENGTHS[preset]),
         tuple(batches),
+        tuple(part for part in PARTS if part in (only or PARTS)),
     )
 
 

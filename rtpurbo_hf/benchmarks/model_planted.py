@@ -1,4 +1,5 @@
-"""Caches of a long context without its prefill: random keys and values, and index keys that select a stated share.
+"""Caches of a long context without its prefill: random keys and values, and index keys that select a stated share; and
+index vectors for prefills that do likewise.
 
 With random weights the scores of an index would mean nothing, so its keys are planted: normal vectors give every
 query normal scores whose spread is the query's norm times theirs. In one observed step each layer scales its index
@@ -9,16 +10,22 @@ really select is counted in another observed step.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 
+from ..kernels.common import index_tensor
 from ..kernels.score_select import select_top_p
+from ..kernels.sparse_prefill import pieces
+from ..kernels.tile_blocks import BLOCK, TILE, tile_blocks_reference
 from ..modeling.attention_rtpurbo import AttentionInputs
 from ..modeling.cache_rtpurbo import RTPurboCache, RTPurboCacheLayer
 from ..modeling.indexer_rtpurbo import RTPurboIndexer
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from .kernels_decode import SPAN, spreads
+from .kernels_sparse_prefill import KEY_OWN, KEY_SPAN, QUERY_OWN, QUERY_SPAN, spans
 
 STEPS = 64  # room that a planted cache has for the steps that are timed
 
@@ -71,6 +78,69 @@ class ScaleIndex:
         store.mul_((wanted / norm)[..., None, None].to(store.dtype))
 
 
+class PlantedIndex:
+    """While it is entered, prefills of `length` tokens are selected for by planted index vectors.
+
+    As in `kernels_sparse_prefill`: keys are normal and correlated within spans; queries have directions that change
+    every few tiles, and lengths for which a mean share `share` of the tokens holds the mass p. The model's own
+    projections are computed as well, so that their time counts, and dropped.
+    """
+
+    def __init__(self, model: RTPurboForCausalLM, length: int, share: float):
+        torch.manual_seed(length)
+        self.indexers = list(model.indexers().values())
+        self.share, self.length = share, length
+        heads = max((len(indexer.plan.retrieval) for indexer in self.indexers), default=0)
+        size = {"dim": model.config.index_dim, "device": model.device}
+        self.keys = torch.stack([spans(length, KEY_SPAN, KEY_OWN, **size).bfloat16() for _ in range(heads)])
+        queries = [normalize(spans(length, QUERY_SPAN, QUERY_OWN, **size), dim=-1).bfloat16() for _ in range(heads)]
+        self.queries = torch.stack(queries)
+
+    def vectors(self, indexer: RTPurboIndexer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Planted index queries `[1, n, length, r]` and keys `[1, I, length, r]` of a layer, bf16."""
+        count = len(indexer.plan.retrieval)
+        lengths = torch.tensor(spreads(count, self.share), device=self.queries.device).bfloat16()
+        return (self.queries[:count] * lengths[:, None, None])[None], self.keys[None, : len(indexer.plan.index_key_kv)]
+
+    def __enter__(self) -> PlantedIndex:
+        for indexer in self.indexers:
+            for number, name in enumerate(("queries", "keys")):
+                setattr(indexer, name, partial(self._instead, indexer, getattr(indexer, name), number))
+        return self
+
+    def __exit__(self, *raised) -> None:
+        for indexer in self.indexers:
+            del indexer.queries, indexer.keys
+
+    def _instead(self, indexer, project, number: int, vectors: torch.Tensor, *where) -> torch.Tensor:
+        if vectors.shape[0] != 1 or vectors.shape[2] != self.length:
+            raise ValueError(f"planted for prefills of [1, {self.length}] tokens, got {tuple(vectors.shape[::2])}")
+        project(vectors, *where)
+        return self.vectors(indexer)[number]
+
+    @torch.no_grad()
+    def selected_blocks(self, config) -> float:
+        """The share of the causal key blocks that the lists of the layer with the median of retrieval heads hold."""
+        ranked = sorted(self.indexers, key=lambda indexer: len(indexer.plan.retrieval))
+        indexer = ranked[len(ranked) // 2]
+        query, key = self.vectors(indexer)
+        heads = index_tensor(indexer.plan.index_heads, query.device)
+        options = {"top_p": config.index_top_p, "min_tokens": 0, "num_sinks": config.num_sink_tokens, "start": None}
+        read = 0
+        for rows in pieces(self.length, q_start=0, rows=query.shape[1]):
+            piece, end = query[:, :, rows], rows.stop
+            if query.is_cuda:
+                from ..kernels.tile_blocks import select_tile_blocks
+
+                _, counts = select_tile_blocks(piece, key, index_heads=heads, q_start=rows.start, **options)
+                read += int(counts.sum())
+            else:
+                listed = tile_blocks_reference(piece, key[:, :, :end], index_heads=heads, q_start=rows.start, **options)
+                read += int(listed.sum())
+        tiles = -(-self.length // TILE)
+        return read / (query.shape[1] * sum((tile + 1) * TILE // BLOCK for tile in range(tiles)))
+
+
 class CountSelected:
     """An observer that counts what the retrieval heads of each layer select."""
 
@@ -104,7 +174,8 @@ class TwoLevels:
     """An observer that plants an unambiguous selection: every tenth span far above the rest, in exact ties.
 
     Any correct selection whose floor is `count` tokens is the same set, whatever the rounding: two backends can then
-    be compared by their logits.
+    be compared by their logits. The values of the upper level point one way and the others the opposite way, so that
+    attending to anything else shows in the logits.
     """
 
     def __init__(self, model: RTPurboForCausalLM, cache: RTPurboCache):
@@ -117,8 +188,12 @@ class TwoLevels:
             return
         query = index_queries(inputs)
         direction = 10 * query / query.square().sum(-1, keepdim=True)
-        store = converted_layer(self.cache, inputs.layer_idx).index_keys
+        layer = converted_layer(self.cache, inputs.layer_idx)
+        store, values = layer.index_keys, layer.values
         assert store is not None
+        assert values is not None
         length = self.above.numel()
+        side = torch.randn_like(values[:, :, :1])
+        values[:, :, :length] += torch.where(self.above[:, None], side, -side)
         store[:, :, :length] = torch.where(self.above[:, None], direction, -direction).to(store.dtype)
         store[:, :, length:] = -direction.to(store.dtype)
