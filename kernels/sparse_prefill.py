@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from .attention_inputs import check_attention_inputs
 from .common import HAS_TRITON, index_tensor, masked_softmax, row_tiles, soft_cap, starts, tl, triton, use_triton
 from .custom_op import define_op, needs_grad
-from .sink_window import check_attention_inputs
-from .sink_window_hopper import tma_ready
 from .tile_blocks import BLOCK, GROUPS, TILE, tile_blocks_reference, tile_range
+from .tiles import tma_ready
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -101,8 +101,8 @@ def pieces(q_len: int, *, q_start: int, rows: int) -> Iterator[slice]:
 
 
 if HAS_TRITON:
-    from .sink_window import _attend
     from .tile_blocks import select_tile_blocks
+    from .tiles import attend
 
     @triton.jit(do_not_specialize=["num_heads", "q_len", "q_start", "tiles", "blocks"])
     def _sparse_prefill_kernel(
@@ -203,7 +203,7 @@ if HAS_TRITON:
             b_k = tl.load(p_kh + o_row[:, None] * stride_kn + o_d[None, :], mask=m_load, other=0.0)
             b_v = tl.load(p_vh + o_row[:, None] * stride_vn + o_d[None, :], mask=m_load, other=0.0)
             b_mask = (o_key[None, :] <= o_slot[:, None]) & (o_key >= first)[None, :]
-            b_acc, b_max, b_sum = _attend(
+            b_acc, b_max, b_sum = attend(
                 b_q, b_k, b_v, b_mask, b_acc, b_max, b_sum, scale, softcap, True, SOFTCAP, PRECISION
             )
         for i_n in tl.range(0, middle, num_stages=STAGES):
@@ -222,7 +222,7 @@ if HAS_TRITON:
                 else:
                     b_k = tl.load(p_kt, mask=m_d[None, :], other=0.0)
                     b_v = tl.load(p_vt, mask=m_d[None, :], other=0.0)
-            b_acc, b_max, b_sum = _attend(
+            b_acc, b_max, b_sum = attend(
                 b_q, b_k, b_v, None, b_acc, b_max, b_sum, scale, softcap, False, SOFTCAP, PRECISION
             )
 
