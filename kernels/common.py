@@ -41,6 +41,16 @@ def use_triton(backend: str, tensor: torch.Tensor) -> bool:
     return backend == "triton"
 
 
+def ceil_div(number: int, divisor: int) -> int:
+    """`number / divisor`, rounded up. (`triton.cdiv` is for kernels too, which makes it slow on the host.)"""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two from `number` (at least 1) on; `triton.next_power_of_2` is slow on the host."""
+    return 1 << (number - 1).bit_length()
+
+
 def row_tiles(num_rows: int, width: int, *, budget: int = 1 << 24) -> Iterator[slice]:
     """Slices of query rows such that one tile of scores holds at most `budget` numbers (`width` a row)."""
     step = max(1, min(num_rows, budget // max(width, 1)))

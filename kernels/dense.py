@@ -14,16 +14,17 @@ import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .attention_inputs import check_attention_inputs, host_list
 from .common import index_tensor, masked_softmax, row_tiles, soft_cap, starts, use_triton
 from .custom_op import define_op, needs_grad
-from .sink_window import check_attention_inputs, sink_window_attention
+from .sink_window import sink_window_attention
 
 logger = logging.getLogger(__name__)
 
@@ -193,33 +194,14 @@ def _run_dense(
     path = choose_path(query, chunked=q_start > 0, special=special)
     if path == "triton":
         sink_window_attention(
-            query,
-            key,
-            value,
-            heads=heads,
-            kv_heads=kv_heads,
-            window=key.shape[2],
-            num_sinks=0,
-            scale=scale,
-            out=out,
-            q_start=q_start,
-            start=start,
-            softcap=softcap,
-            sink_logits=sink_logits,
-            backend="triton",
-        )
+            query, key, value, heads=heads, kv_heads=kv_heads, window=key.shape[2], num_sinks=0, scale=scale, out=out,
+            q_start=q_start, start=start, softcap=softcap, sink_logits=sink_logits, backend="triton",
+        )  # fmt: skip
         return
     if path == "flash":
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return _flash(q, k, v, scale)
-
+        attend = partial(_flash, scale=scale)
     else:
-        order = _CUDNN_FIRST if path == "cudnn" else _FLASH_FIRST
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return _sdpa(q, k, v, scale, order)
-
+        attend = partial(_sdpa, scale=scale, order=_CUDNN_FIRST if path == "cudnn" else _FLASH_FIRST)
     _attend_groups(query, key, value, tuple(heads), tuple(kv_heads), out, attend)
 
 
@@ -273,59 +255,25 @@ def dense_attention(
         given = f"scale={scale}, q_start={q_start}, {q_len} queries and {key.shape[2]} keys"
         raise ValueError(f"expected scale > 0 and 0 <= q_start <= keys - queries, got {given}")
     key, value = key[:, :, :end], value[:, :, :end]
+    options = {"scale": scale, "out": out, "q_start": q_start, "start": start}
+    options |= {"softcap": softcap, "sink_logits": sink_logits}
     grad = needs_grad(query, key, value, sink_logits, out)
     special = start is not None or softcap is not None or sink_logits is not None
     on_host = not isinstance(heads, torch.Tensor) or not heads.is_cuda
-    if use_triton(backend, query) and query.shape[3] <= 256 and not grad:
-        if backend == "auto" and on_host:
-            listed, rows = _host_list(heads), _host_list(kv_heads)
-            _dense_op(query, key, value, listed, rows, scale, out, q_start, start, softcap, sink_logits)
-            return out
-        return sink_window_attention(
-            query,
-            key,
-            value,
-            heads=heads,
-            kv_heads=kv_heads,
-            window=end,
-            num_sinks=0,
-            scale=scale,
-            out=out,
-            q_start=q_start,
-            start=start,
-            softcap=softcap,
-            sink_logits=sink_logits,
-            backend="triton",
-        )
-    if backend != "reference" and on_host and not special and q_start == 0:
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return _sdpa(q, k, v, scale)
-
-        _attend_groups(query, key, value, tuple(_host_list(heads)), tuple(_host_list(kv_heads)), out, attend)
+    fused = use_triton(backend, query) and query.shape[3] <= 256 and not grad
+    if fused and backend == "auto" and on_host:
+        listed, rows = list(host_list(heads)), list(host_list(kv_heads))
+        _dense_op(query, key, value, listed, rows, scale, out, q_start, start, softcap, sink_logits)
         return out
-    if grad and backend != "reference":
+    if not fused and backend != "reference" and on_host and not special and q_start == 0:
+        listed, rows = host_list(heads), host_list(kv_heads)
+        _attend_groups(query, key, value, listed, rows, out, partial(_sdpa, scale=scale))
+        return out
+    if fused or (grad and backend != "reference"):
         return sink_window_attention(
-            query, key, value, heads=heads, kv_heads=kv_heads, window=end, num_sinks=0, scale=scale, out=out,
-            q_start=q_start, start=start, softcap=softcap, sink_logits=sink_logits, backend=backend,
+            query, key, value, heads=heads, kv_heads=kv_heads, window=end, num_sinks=0,
+            backend="triton" if fused else backend, **options,
         )  # fmt: skip
     if not isinstance(heads, torch.Tensor):
-        heads = index_tensor(tuple(heads), query.device)
-        kv_heads = index_tensor(tuple(kv_heads), query.device)
-    return dense_attention_reference(
-        query,
-        key,
-        value,
-        heads=heads,
-        kv_heads=kv_heads,
-        scale=scale,
-        out=out,
-        q_start=q_start,
-        start=start,
-        softcap=softcap,
-        sink_logits=sink_logits,
-    )
-
-
-def _host_list(heads: torch.Tensor | Sequence[int]) -> list[int]:
-    return heads.tolist() if isinstance(heads, torch.Tensor) else list(heads)
+        heads, kv_heads = (index_tensor(tuple(listed), query.device) for listed in (heads, kv_heads))
+    return dense_attention_reference(query, key, value, heads=heads, kv_heads=kv_heads, **options)

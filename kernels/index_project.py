@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import HAS_TRITON, index_tensor, tl, triton, use_triton
+from .common import HAS_TRITON, index_tensor, next_power_of_2, tl, triton, use_triton
 from .workspace import head_table
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -162,8 +162,8 @@ def index_project(
         INDEX_DIM=index_dim,
         HEAD_DIM=head_dim,
         PAIRS=pairs,
-        BLOCK_R=triton.next_power_of_2(index_dim),
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_R=next_power_of_2(index_dim),
+        BLOCK_D=next_power_of_2(head_dim),
         num_warps=4,
     )
     return index_query, index_key

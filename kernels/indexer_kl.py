@@ -12,7 +12,7 @@ import torch
 
 from .common import masked_softmax, row_tiles, soft_cap, starts, use_triton
 from .custom_op import needs_grad
-from .indexer_kl_triton import MAX_HEAD_DIM, MAX_INDEX_DIM, indexer_kl_triton
+from .indexer_kl_triton import MAX_HEAD_DIM, MAX_INDEX_DIM, SampledRows, indexer_kl_triton
 from .top_p import index_scores_reference
 
 # stands for a score that is not visible; its exponential is 0, and the difference of two of them is 0 and not NaN
@@ -70,31 +70,27 @@ def _indexer_kl_tiled(
     key: torch.Tensor,
     index_query: torch.Tensor,
     index_key: torch.Tensor,
+    sampled: SampledRows,
     *,
-    heads: torch.Tensor,
-    kv_heads: torch.Tensor,
-    index_heads: torch.Tensor,
-    q_slots: torch.Tensor,
-    weight: torch.Tensor,
-    first_slot: torch.Tensor,
-    scale: float,
-    softcap: float | None,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """As `indexer_kl_triton`, in torch: one tile of rows at a time, and nothing of rows x keys outlives its tile."""
+    q_slots, count = sampled.q_slots, sampled.heads.numel()
     batch, q_len = q_slots.shape
     kv_len, device = key.shape[2], query.device
     slots = torch.arange(kv_len, device=device)
-    teacher_query, teacher_key = query[:, heads].float(), key[:, kv_heads].float().transpose(-1, -2)
-    index_key_of = index_key[:, index_heads].float()
-    loss = torch.zeros(heads.numel(), device=device)
+    teacher_query = query[:, sampled.heads].float()
+    teacher_key = key[:, sampled.kv_heads].float().transpose(-1, -2)
+    index_key_of = index_key[:, sampled.index_heads].float()
+    loss = torch.zeros(count, device=device)
     grad_query = torch.empty_like(index_query, dtype=torch.float32) if gradient else None
     grad_key = torch.zeros_like(index_key_of) if gradient else None
-    for rows in row_tiles(q_len, heads.numel() * batch * kv_len):
-        hidden = (slots > q_slots[:, rows, None]) | (slots < first_slot[:, None, None])
+    for rows in row_tiles(q_len, count * batch * kv_len):
+        hidden = (slots > q_slots[:, rows, None]) | (slots < sampled.first_slot[:, None, None])
         hidden = hidden[:, None]
         # [B, n, rows, keys]
-        teacher = soft_cap(torch.matmul(teacher_query[:, :, rows], teacher_key).mul_(scale), softcap)
+        teacher = torch.matmul(teacher_query[:, :, rows], teacher_key).mul_(sampled.scale)
+        teacher = soft_cap(teacher, sampled.softcap)
         teacher = teacher.masked_fill_(hidden, _HIDDEN)
         student = torch.matmul(index_query[:, :, rows].float(), index_key_of.transpose(-1, -2))
         student.masked_fill_(hidden, _HIDDEN)
@@ -102,7 +98,7 @@ def _indexer_kl_tiled(
         student_norm = student.logsumexp(-1, keepdim=True)
         probability = torch.exp(teacher - teacher_norm)
         gap = torch.linalg.vecdot(probability, teacher.sub_(student))
-        row_weight = weight[:, None, rows]
+        row_weight = sampled.weight[:, None, rows]
         kl = gap - (teacher_norm - student_norm).squeeze(-1)
         # a row without weight may see no key at all
         loss += torch.where(row_weight > 0, kl * row_weight, 0.0).sum((0, 2))
@@ -117,10 +113,10 @@ class _IndexerKL(torch.autograd.Function):
     """Loss and gradients in one go: what `compute` makes in the forward, the backward only scales."""
 
     @staticmethod
-    def forward(ctx, index_query, index_key, query, key, wanted, compute, options):
-        loss, grad_query, grad_key = compute(query, key, index_query, index_key, gradient=wanted, **options)
+    def forward(ctx, index_query, index_key, query, key, wanted, compute, sampled):
+        loss, grad_query, grad_key = compute(query, key, index_query, index_key, sampled, gradient=wanted)
         if wanted:
-            ctx.save_for_backward(grad_query, grad_key, options["index_heads"])
+            ctx.save_for_backward(grad_query, grad_key, sampled.index_heads)
             ctx.shapes = index_key.shape, index_query.dtype, index_key.dtype
         return loss
 
@@ -207,17 +203,8 @@ def indexer_kl(
             f"backend='triton' takes head_dim <= {MAX_HEAD_DIM} and index_dim <= {MAX_INDEX_DIM}, got "
             f"{query.shape[3]} and {index_query.shape[3]}: use 'auto'"
         )
-    options = {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "index_heads": index_heads,
-        "q_slots": q_slots,
-        "weight": weight,
-        "first_slot": first_slot,
-        "scale": scale,
-        "softcap": softcap,
-    }
+    sampled = SampledRows(heads, kv_heads, index_heads, q_slots, weight, first_slot, scale, softcap)
     compute = indexer_kl_triton if fused and fits else _indexer_kl_tiled
     # a Function cannot tell by itself that gradients are off
     wanted = needs_grad(index_query, index_key)
-    return _IndexerKL.apply(index_query, index_key, query, key, wanted, compute, options)
+    return _IndexerKL.apply(index_query, index_key, query, key, wanted, compute, sampled)

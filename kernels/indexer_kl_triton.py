@@ -15,19 +15,38 @@ streamed, and its products with `[high | high]` and `[low | low]` of the fixed s
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .common import HAS_TRITON, tl, triton
+from .common import HAS_TRITON, ceil_div, next_power_of_2, tl, triton
+from .tiles import LOG2E, TileLaunch, log2_scales
 
 MAX_HEAD_DIM, MAX_INDEX_DIM = 256, 64
 # slopes are at most 1 and stored in fp16 at most as 2^14
 _SLOPE_BITS = 14
-_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Which rows of which heads the loss is taken over, as in `indexer_kl`, and how the teacher attends.
+
+    weight: fp32 `[B, M]`, 0 for rows that do not count. first_slot: int64 `[B]`.
+    """
+
+    heads: torch.Tensor
+    kv_heads: torch.Tensor
+    index_heads: torch.Tensor
+    q_slots: torch.Tensor
+    weight: torch.Tensor
+    first_slot: torch.Tensor
+    scale: float
+    softcap: float | None
+
 
 if HAS_TRITON:
+    from .tiles import cap_scores
 
     @triton.jit
     def _scores(
@@ -44,11 +63,7 @@ if HAS_TRITON:
     ):
         """Teacher and student scores `[fixed, streamed]` in units of log2; `scale` and `softcap` carry log2(e)."""
         b_t = tl.dot(b_fixed, tl.trans(b_stream), input_precision=PRECISION)
-        if SOFTCAP:
-            # softcap * tanh(x), with tanh(x) = 1 - 2 / (exp(2 x) + 1), safe at both ends
-            b_t = softcap - 2.0 * softcap / (tl.exp2(b_t * scale) + 1.0)
-        else:
-            b_t = b_t * scale
+        b_t = cap_scores(b_t, scale, softcap, SOFTCAP)
         b_s = tl.dot(b_high, tl.trans(b_index), input_precision=PRECISION)
         if SPLIT:
             b_s = tl.dot(b_low, tl.trans(b_index), b_s, input_precision=PRECISION)
@@ -283,34 +298,19 @@ if HAS_TRITON:
         tl.store(p_out, b_grad, mask=(o_n < kv_len)[:, None] & (o_w < WIDTH)[None, :])
 
 
-class _Launch(NamedTuple):
-    """Length of the fixed tile and of the streamed tiles, warps, stages, and at most so many registers a thread."""
-
-    fixed: int
-    streamed: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int]:
-        options = {"num_warps": self.warps, "num_stages": self.stages}
-        return options if self.registers is None else options | {"maxnreg": self.registers}
-
-
-def _launch(query: torch.Tensor, index_dim: int) -> _Launch:
+def _launch(query: torch.Tensor, index_dim: int) -> TileLaunch:
     """By device capability, element size, head_dim and the width of the index."""
     if not query.is_cuda:
-        return _Launch(32, 16, 1, 1)
+        return TileLaunch(32, 16, 1, 1)
     if query.element_size() > 2:
-        return _Launch(64, 32, 4, 1)
+        return TileLaunch(64, 32, 4, 1)
     hopper = torch.cuda.get_device_capability(query.device)[0] >= 9
     if index_dim > 32 or (query.shape[3] > 128 and not hopper):
-        return _Launch(64, 32, 4, 2)
+        return TileLaunch(64, 32, 4, 2)
     if query.shape[3] > 128 or not hopper:
-        return _Launch(128, 32, 8, 2)
+        return TileLaunch(128, 32, 8, 2)
     # 128 registers: two programs on a multiprocessor, one multiplies while the other takes exponentials
-    return _Launch(128, 64, 8, 3, 128)
+    return TileLaunch(128, 64, 8, 3, 128)
 
 
 def _split(vectors: torch.Tensor) -> torch.Tensor:
@@ -327,7 +327,7 @@ def _row_tiles_of_keys(
     Exact for ascending rows; for others a safe bound. Rows without weight are of no account.
     """
     batch, q_len = q_slots.shape
-    tiles = triton.cdiv(q_len, block_m)
+    tiles = ceil_div(q_len, block_m)
     none = torch.iinfo(torch.int64).max
 
     def of_tiles(fill: int) -> torch.Tensor:
@@ -349,34 +349,27 @@ def indexer_kl_triton(
     key: torch.Tensor,
     index_query: torch.Tensor,
     index_key: torch.Tensor,
+    rows: SampledRows,
     *,
-    heads: torch.Tensor,
-    kv_heads: torch.Tensor,
-    index_heads: torch.Tensor,
-    q_slots: torch.Tensor,
-    weight: torch.Tensor,
-    first_slot: torch.Tensor,
-    scale: float,
-    softcap: float | None,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Loss of each head `[n]` and, if asked for, its gradients by index query `[B, n, M, r]` and key `[B, n, N, r]`.
 
-    Arguments as in `indexer_kl`; `weight` fp32 `[B, M]`, `first_slot` int64 `[B]`. Everything returned is fp32. Next to
-    half precision queries the entries of the index vectors must stay below fp16's 65504, else the loss is not finite.
+    Tensors as in `indexer_kl`; everything returned is fp32. Next to half precision queries the entries of the index
+    vectors must stay below fp16's 65504, else the loss is not finite.
     """
     batch, _, q_len, head_dim = query.shape
-    kv_len, index_dim, n = key.shape[2], index_query.shape[3], heads.numel()
+    kv_len, index_dim, n = key.shape[2], index_query.shape[3], rows.heads.numel()
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key.to(query.dtype)))
     split = query.element_size() == 2
     if query.dtype == torch.bfloat16 and not query.is_cuda:
         # Triton's interpreter multiplies the bits of bf16
         query, key = query.float(), key.float()
     # the student's scores in units of log2
-    index = (index_query.float() * _LOG2E).contiguous(), index_key.float().contiguous()
+    index = (index_query.float() * LOG2E).contiguous(), index_key.float().contiguous()
     streamed_query, streamed_key = map(_split, index) if split else index
     width = streamed_query.shape[3]
-    q_slots, weight = q_slots.contiguous(), weight.contiguous()
+    q_slots, weight, first_slot = rows.q_slots.contiguous(), rows.weight.contiguous(), rows.first_slot
     largest = weight.amax().clamp_min(torch.finfo(torch.float32).tiny)
     relative = weight / largest
     launch = _launch(query, index_dim)
@@ -388,26 +381,30 @@ def indexer_kl_triton(
     kl = empty(*lse_shape)
     lse = [empty(*lse_shape) for _ in range(2)] if gradient else [kl, kl]
     grad_query = empty(batch, n, q_len, width) if gradient else kl
-    if softcap is None:
-        scale_arg, softcap_arg = scale * _LOG2E, 0.0
-    else:
-        scale_arg, softcap_arg = 2 * scale / softcap * _LOG2E, softcap * _LOG2E
-    places = heads, kv_heads, index_heads
-    sizes = *query.stride()[:3], *key.stride()[:3], n, index_key.shape[1], q_len, kv_len, scale_arg, softcap_arg
+    places = rows.heads, rows.kv_heads, rows.index_heads
+    sizes = (
+        *query.stride()[:3],
+        *key.stride()[:3],
+        n,
+        index_key.shape[1],
+        q_len,
+        kv_len,
+        *log2_scales(rows.scale, rows.softcap),
+    )
     shapes: dict[str, Any] = {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "INDEX_DIM": index_dim,
         "WIDTH": width,
-        "BLOCK_W": max(16, triton.next_power_of_2(width)),
+        "BLOCK_W": max(16, next_power_of_2(width)),
         "STAGES": launch.stages,
-        "SOFTCAP": softcap is not None,
+        "SOFTCAP": rows.softcap is not None,
         "SPLIT": split,
         "PRECISION": "tf32" if split else "ieee",
         **launch.options,
     }
     with torch.cuda.device_of(query):
-        _rows_kernel[(triton.cdiv(q_len, launch.fixed) * n * batch,)](
+        _rows_kernel[(ceil_div(q_len, launch.fixed) * n * batch,)](
             query, key, streamed_query, streamed_key, *places, q_slots, relative, first_slot, kl, *lse, grad_query,
             *sizes, BLOCK_M=launch.fixed, BLOCK_N=launch.streamed, SHIFT=_SLOPE_BITS, GRADIENT=gradient, **shapes,
         )  # fmt: skip
@@ -416,11 +413,11 @@ def indexer_kl_triton(
             return loss, None, None
         grad_key = empty(batch, n, kv_len, width)
         tiles = _row_tiles_of_keys(q_slots, relative, first_slot, kv_len, launch.streamed, launch.fixed)
-        _keys_kernel[(triton.cdiv(kv_len, launch.fixed) * n * batch,)](
+        _keys_kernel[(ceil_div(kv_len, launch.fixed) * n * batch,)](
             query, key, streamed_query, streamed_key, *places, q_slots, first_slot, *lse, *tiles, grad_key,
             *sizes, BLOCK_M=launch.streamed, BLOCK_N=launch.fixed, **shapes,
         )  # fmt: skip
     unit = largest * 2.0**-_SLOPE_BITS
     if split:
         grad_query, grad_key = (g[..., :index_dim] + g[..., index_dim:] for g in (grad_query, grad_key))
-    return loss, grad_query * unit, grad_key * (unit / _LOG2E)
+    return loss, grad_query * unit, grad_key * (unit / LOG2E)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import HAS_TRITON, tl, triton
+from .common import HAS_TRITON, next_power_of_2, tl, triton
 
 
 def rotate_reference(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def rotate_step(
         *key.stride()[:3],
         *cos.stride()[:2],
         HEAD_DIM=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_D=next_power_of_2(dim),
         num_warps=1,
     )
     return outs[0], outs[1]

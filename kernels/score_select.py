@@ -8,16 +8,16 @@ Not for prefill, where the rows are many and share tiles of keys.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from .append import append_head, append_index
-from .common import HAS_TRITON, starts, tl, triton, use_triton
+from .common import HAS_TRITON, next_power_of_2, tl, triton, use_triton
 from .kv_quant import kv_limit
 from .launches import launch_options
-from .top_p import index_scores_reference, top_p_set_reference
+from .score_range import count_assembly, count_constraints
+from .selection import Selection, select_top_p_reference
 from .workspace import HISTOGRAM_BINS, HISTOGRAM_SPAN, DecodeWorkspace, head_table, num_processors
 
 
@@ -37,419 +37,9 @@ class NewTokens(NamedTuple):
     value_scale: torch.Tensor | None = None
 
 
-class Selection(NamedTuple):
-    """The selected blocks of every query row of a decode step.
-
-    indices: int32 `[B, n, M, K]`, ascending logical block numbers; only the first `counts` of a row count.
-    counts: int32 `[B, n, M]`.
-    """
-
-    indices: torch.Tensor
-    counts: torch.Tensor
-
-
-def selection_mask(
-    selection: Selection,
-    *,
-    num_slots: int,
-    block_size: int,
-    q_slots: torch.Tensor,
-    start: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The bool mask `[B, n, M, num_slots]` of the slots that a selection stands for (for tests and reports).
-
-    Args:
-        q_slots: int64 `[M]`, the slot of each query row: nothing after it is seen.
-        start: `[B]` slot of the first real token; None: no padding.
-    """
-    indices, counts = selection
-    batch, device = indices.shape[0], indices.device
-    blocks = -(-num_slots // block_size)
-    listed = torch.arange(indices.shape[-1], device=device) < counts[..., None]
-    # entries past the count go to a column that is dropped
-    column = torch.where(listed, indices.long(), blocks)
-    chosen = torch.zeros(*counts.shape, blocks + 1, dtype=torch.bool, device=device).scatter_(-1, column, True)
-    slots = torch.arange(num_slots, device=device)
-    position = slots - starts(start, batch, device)[:, None]
-    block = position.clamp_min(0).div(block_size, rounding_mode="floor")[:, None, None]
-    picked = chosen.gather(-1, block.expand(*counts.shape, num_slots))
-    return picked & (position >= 0)[:, None, None] & (slots <= q_slots[:, None])
-
-
-def select_top_p_reference(
-    index_query: torch.Tensor,
-    index_key: torch.Tensor,
-    *,
-    index_heads: tuple[int, ...],
-    length: torch.Tensor,
-    start: torch.Tensor | None,
-    top_p: float,
-    min_tokens: int,
-    block_size: int,
-    index_scale: torch.Tensor | None = None,
-) -> Selection:
-    """The contract of `select_top_p`: the exact smallest set, in fp32; reads `length` on the host."""
-    batch, _, q_len, _ = index_query.shape
-    end, device = int(length), index_query.device
-    first_slot = starts(start, batch, device)
-    slots = torch.arange(end, device=device)
-    keys = index_key[:, list(index_heads), :end].float()
-    if index_scale is not None:
-        keys = keys * index_scale[:, list(index_heads), :end, None].float()
-    scores = index_scores_reference(index_query, keys)
-    q_slots = torch.arange(end - q_len, end, device=device)
-    # [B, 1, M, slots]
-    valid = ((slots <= q_slots[:, None]) & (slots >= first_slot[:, None, None]))[:, None]
-    chosen = top_p_set_reference(scores, valid, top_p=top_p, min_tokens=min_tokens, block_size=block_size, start=start)
-    blocks = max(-(-end // block_size), 1)
-    position = (slots - first_slot[:, None]).clamp_min(0)
-    block = position.div(block_size, rounding_mode="floor")[:, None, None].expand_as(chosen)
-    taken = torch.zeros(*chosen.shape[:-1], blocks, dtype=torch.uint8, device=device)
-    taken.scatter_reduce_(-1, block, chosen.to(torch.uint8), "amax")
-    rank = taken.cumsum(-1)
-    counts = rank[..., -1].to(torch.int32)
-    # blocks that are not taken all write to a last column that is dropped
-    target = torch.where(taken.bool(), rank - 1, blocks)
-    numbers = torch.arange(blocks, dtype=torch.int32, device=device).expand_as(target)
-    indices = torch.zeros(*counts.shape, blocks + 1, dtype=torch.int32, device=device)
-    return Selection(indices.scatter_(-1, target, numbers)[..., :blocks], counts)
-
-
-@lru_cache(maxsize=8)
-def _count_assembly(threads: int, elements: int, bins: int) -> str:
-    """PTX that counts the `elements` bins each of `threads` threads holds, by atomics in shared memory.
-
-    Inputs: the bins, then whether each counts. Outputs: the first `bins / threads` of each thread are the counts of
-    bins thread, thread + threads, ..., the others 0; then the numbers of those bins, -1 for the others.
-    """
-    own = bins // threads
-    lines = [
-        "{",
-        f".shared .align 4 .b32 counts[{bins}];",
-        ".reg .pred use;",
-        ".reg .b32 place, base, mine, value;",
-        "mov.u32 mine, %tid.x;",
-        "mov.u32 base, counts;",
-        "shl.b32 place, mine, 2;",
-        "add.u32 place, place, base;",
-    ]
-    lines += [f"st.shared.b32 [place + {4 * threads * i}], 0;" for i in range(own)]
-    lines += ["bar.sync 0;"]
-    for i in range(elements):
-        lines += [
-            f"setp.ne.s32 use, ${3 * elements + i}, 0;",
-            f"shl.b32 value, ${2 * elements + i}, 2;",
-            "add.u32 value, value, base;",
-            "@use red.shared.add.u32 [value], 1;",
-        ]
-    lines += ["bar.sync 0;"]
-    for i in range(elements):
-        if i < own:
-            lines += [f"ld.shared.b32 ${i}, [place + {4 * threads * i}];"]
-            lines += [f"add.u32 ${elements + i}, mine, {threads * i};"]
-        else:
-            lines += [f"mov.b32 ${i}, 0;", f"mov.b32 ${elements + i}, -1;"]
-    lines += ["bar.sync 0;", "}"]
-    return "\n".join(lines)
-
-
-@lru_cache(maxsize=8)
-def _count_constraints(elements: int) -> str:
-    return ",".join(["=&r"] * (2 * elements) + ["r"] * (2 * elements))
-
-
 if HAS_TRITON:
-
-    @triton.jit
-    def _query_matrix(p_query, HEAD: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr):
-        """fp32 `[LANES * PADDED, LANES]`: column t holds the query at rows t * PADDED..; one dot scores LANES keys."""
-        o_k = tl.arange(0, LANES * PADDED)
-        o_t = tl.arange(0, LANES)
-        mine = ((o_k // PADDED)[:, None] == o_t[None, :]) & ((o_k % PADDED) < HEAD)[:, None]
-        return tl.load(p_query + (o_k % PADDED)[:, None] + 0 * o_t[None, :], mask=mine, other=0.0).to(tl.float32)
-
-    @triton.jit
-    def _score_range(
-        p_query,
-        p_key,
-        p_scale,
-        p_codes,
-        p_tile_max,
-        p_histogram,
-        p_sums,
-        p_peak,
-        num_seen,
-        first,
-        last,
-        stride_kn,
-        stride_sn,
-        HEAD: tl.constexpr,
-        PADDED: tl.constexpr,
-        ROWS: tl.constexpr,
-        LANES: tl.constexpr,
-        BLOCK: tl.constexpr,
-        BINS: tl.constexpr,
-        SPAN: tl.constexpr,
-        STEPS: tl.constexpr,
-        SPLIT_QUERY: tl.constexpr,
-        INT8: tl.constexpr,
-        CONTIGUOUS: tl.constexpr,
-        STAGES: tl.constexpr,
-        COUNTING: tl.constexpr,
-        CONSTRAINTS: tl.constexpr,
-        ELEMENTS: tl.constexpr,
-    ):
-        """Score tiles `first..last` of one query row; leave their codes, tile maxima and one histogram behind.
-
-        Scores are counted in steps of 1/STEPS octave, floor(STEPS * log2(e) * s): absolute numbers, so that all
-        CTAs share their bin edges. A CTA's histogram is circular, bin = step mod BINS, and holds the BINS - 1 steps
-        from the largest seen (`peak`) down. It is added to the row's, where a step has its own place, and its
-        running sums are kept: they tell how much of the list precedes each CTA. A code is the distance to the
-        tile's maximum.
-        """
-        TILE: tl.constexpr = ROWS * LANES
-        UNITS: tl.constexpr = TILE // BLOCK
-        LOG2E: tl.constexpr = 1.4426950408889634
-        FLOOR: tl.constexpr = -32768
-        HALF: tl.constexpr = SPAN // 2
-        o_row = tl.arange(0, ROWS)
-        o_lane = tl.arange(0, LANES)
-        o_k = tl.arange(0, LANES * PADDED)
-        o_all = tl.arange(0, BINS)
-        o_bin = o_all
-        # [LANES * PADDED, LANES]
-        b_query = _query_matrix(p_query, HEAD, PADDED, LANES)
-        factor = LOG2E
-        if INT8:
-            # 14 bits of the query in two int8 parts: the products are exact
-            step = tl.maximum(tl.max(tl.max(tl.abs(b_query), 1), 0), 1e-30) / 8128.0
-            b_query = tl.floor(b_query / step + 0.5)
-            b_upper = tl.floor((b_query + 64.0) / 128.0)
-            b_high = b_upper.to(tl.int8)
-            b_low = (b_query - 128.0 * b_upper).to(tl.int8)
-            factor = factor * step
-        else:
-            b_high = b_query.to(p_key.dtype.element_ty)
-            if SPLIT_QUERY:
-                b_low = (b_query - b_high.to(tl.float32)).to(p_key.dtype.element_ty)
-        if CONTIGUOUS:
-            o_key = o_row[:, None] * (LANES * PADDED) + o_k[None, :]
-        else:
-            o_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) * stride_kn + (o_k % PADDED)[None, :]
-        o_token = o_row[:, None] * LANES + o_lane[None, :]
-        if COUNTING == "":
-            b_histogram = tl.zeros([BINS], dtype=tl.int32)
-        else:
-            b_histogram = tl.zeros([ROWS, LANES], dtype=tl.int32)
-            o_bin = tl.full([ROWS, LANES], -1, dtype=tl.int32)
-        peak = tl.full((), FLOOR, tl.int32)
-        if INT8:
-            b_next = tl.load(
-                p_scale + tl.cast(first * TILE, tl.int64) * stride_sn + o_token * stride_sn,
-                mask=o_token < tl.where(first < last, num_seen - first * TILE, 0),
-                other=0.0,
-            )
-        for i_tile in tl.range(first, last, num_stages=STAGES):
-            left = num_seen - i_tile * TILE
-            m_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) < left
-            if HEAD != PADDED:
-                m_key = m_key & ((o_k % PADDED) < HEAD)[None, :]
-            # [ROWS, LANES * PADDED]
-            p_tile = p_key + tl.cast(i_tile * TILE, tl.int64) * stride_kn
-            b_key = tl.load(p_tile + o_key, mask=m_key, other=0)
-            # [ROWS, LANES]
-            if INT8:
-                b_score = (tl.dot(b_key, b_high) * 128 + tl.dot(b_key, b_low)).to(tl.float32)
-                b_scale = b_next
-                # scales are few and no operand of a dot: they are fetched one tile ahead by hand
-                b_next = tl.load(
-                    p_scale + tl.cast((i_tile + 1) * TILE, tl.int64) * stride_sn + o_token * stride_sn,
-                    mask=o_token < left - TILE,
-                    other=0.0,
-                )
-                b_score *= b_scale.to(tl.float32)
-            else:
-                b_score = tl.dot(b_key, b_high, input_precision="ieee")
-                if SPLIT_QUERY:
-                    b_score = tl.dot(b_key, b_low, b_score, input_precision="ieee")
-            b_score *= factor
-            if BLOCK == 1:
-                b_value = b_score * STEPS
-                m_unit = o_token < left
-                o_unit = o_token
-            else:
-                b_score = tl.where(o_token < left, b_score, -1e30)
-                b_block = tl.reshape(b_score, [UNITS, BLOCK])
-                b_top = tl.max(b_block, 1)
-                b_value = (b_top + tl.log2(tl.sum(tl.exp2(b_block - b_top[:, None]), 1))) * STEPS
-                o_unit = tl.arange(0, UNITS)
-                m_unit = o_unit * BLOCK < left
-            b_step = tl.minimum(tl.maximum(tl.floor(b_value), 1.0 - HALF), HALF - 1.0).to(tl.int32)
-            b_step = tl.where(m_unit, b_step, FLOOR)
-            if BLOCK == 1:
-                tile_max = tl.max(tl.max(b_step, 1), 0)
-            else:
-                tile_max = tl.max(b_step, 0)
-            b_code = tl.minimum(tile_max - b_step, BINS - 1)
-            tl.store(p_codes + tl.cast(i_tile, tl.int64) * UNITS + o_unit, b_code.to(tl.uint8), mask=m_unit)
-            tl.store(p_tile_max + i_tile, tile_max)
-            new_peak = tl.maximum(peak, tile_max)
-            # bins that the raised window takes over from steps that fell out of it
-            b_histogram = tl.where(new_peak - ((new_peak - o_bin) & (BINS - 1)) > peak, 0, b_histogram)
-            peak = new_peak
-            m_count = m_unit & (b_step > peak - (BINS - 1))
-            if COUNTING != "":
-                b_new, o_bin = tl.inline_asm_elementwise(
-                    COUNTING,
-                    CONSTRAINTS,
-                    [b_step & (BINS - 1), m_count.to(tl.int32)],
-                    dtype=(tl.int32, tl.int32),
-                    is_pure=False,
-                    pack=ELEMENTS,
-                )
-                b_histogram += b_new
-            elif BLOCK == 1:
-                b_bin = tl.reshape(b_step & (BINS - 1), [TILE])
-                b_histogram += tl.histogram(b_bin, BINS, mask=tl.reshape(m_count, [TILE]))
-            else:
-                b_histogram += tl.histogram(b_step & (BINS - 1), BINS, mask=m_count)
-        b_place = peak - ((peak - o_bin) & (BINS - 1))
-        m_place = (b_histogram > 0) & (b_place > peak - (BINS - 1))
-        tl.atomic_add(p_histogram + HALF + b_place, b_histogram, mask=m_place, sem="relaxed")
-        if COUNTING != "":
-            # scattered over the tile: bring the bins into order through memory
-            tl.store(p_sums + o_all, tl.zeros([BINS], dtype=tl.int32))
-            tl.debug_barrier()
-            tl.store(p_sums + o_bin, b_histogram, mask=o_bin >= 0)
-            tl.debug_barrier()
-            b_histogram = tl.load(p_sums + o_all)
-            tl.debug_barrier()
-        tl.store(p_sums + o_all, tl.cumsum(b_histogram, 0))
-        tl.store(p_peak, peak)
-
-    @triton.jit
-    def _popcount(b_word):
-        """int32 number of set bits of uint32 words."""
-        b_word = b_word - ((b_word >> 1) & 0x55555555)
-        b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
-        b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
-        return ((b_word * 0x01010101) >> 24).to(tl.int32)
-
-    @triton.jit
-    def _compact_range(
-        p_codes,
-        p_tile_max,
-        p_histogram,
-        p_sums,
-        p_peak,
-        p_indices,
-        p_counts,
-        num_units,
-        wanted_units,
-        top_p,
-        i_split,
-        num_splits,
-        first,
-        last,
-        UNITS: tl.constexpr,
-        BINS: tl.constexpr,
-        SPAN: tl.constexpr,
-        STEPS: tl.constexpr,
-        TILES: tl.constexpr,
-        WORDS: tl.constexpr,
-        SPLITS: tl.constexpr,
-    ):
-        """Find the row's threshold in its histogram, and list the selected units of tiles `first..last`.
-
-        Selected units become bits, 32 to a word; words are counted and placed, then each emits its bits.
-        """
-        o_split = tl.arange(0, SPLITS)
-        o_far = tl.arange(0, BINS)
-        b_peaks = tl.load(p_peak + o_split, mask=o_split < num_splits, other=-32768, cache_modifier=".cg")
-        top = tl.max(b_peaks, 0)
-        # bins in the order of falling scores: distance 0 holds the row's maximum
-        i_bin = top - o_far + SPAN // 2
-        m_bin = (i_bin >= 0) & (o_far < BINS - 1)
-        b_all = tl.load(p_histogram + i_bin, mask=m_bin, other=0, cache_modifier=".cg")
-        b_count = tl.cumsum(b_all, 0)
-        inside = tl.sum(b_all, 0)
-        # a unit at distance d weighs from 2^(-d/STEPS) up to one step more, in units of the top bin's lower edge
-        b_low = tl.exp2(-o_far.to(tl.float32) / STEPS) * b_all.to(tl.float32)
-        b_selected = tl.cumsum(b_low, 0)
-        # the units below the window weigh at most as much as its lower edge
-        below = (num_units - inside).to(tl.float32) * tl.exp2(-(BINS - 2.0) / STEPS + 0.0 * top_p)
-        step = tl.exp2(1.0 / STEPS + 0.0 * top_p)
-        b_rest = (tl.sum(b_low, 0) - b_selected) * step + below
-        m_mass = b_selected >= top_p * (b_selected + b_rest)
-        m_enough = m_mass & (b_count >= wanted_units)
-        cut = tl.min(tl.where(m_enough, o_far, BINS), 0)
-        # units below the window of the histogram, latest first: only to reach the floor on the count
-        extra = num_units * 0
-        if cut == BINS:
-            cut = BINS - 2
-            extra = num_units - inside
-            if tl.max(m_mass.to(tl.int32), 0) > 0:
-                extra = tl.minimum(extra, wanted_units - inside)
-        lowest = top - cut
-        if i_split == 0:
-            tl.store(p_counts, tl.sum(tl.where(o_far <= cut, b_all, 0), 0) + extra)
-        # how many units each earlier CTA lists: a difference of its running sums, around the circle
-        low_bin = lowest & (BINS - 1)
-        b_peak_bin = b_peaks & (BINS - 1)
-        m_earlier = (o_split < i_split) & (b_peaks >= lowest)
-        p_sum = p_sums + o_split * BINS
-        b_to_peak = tl.load(p_sum + b_peak_bin, mask=m_earlier, other=0, cache_modifier=".cg")
-        b_to_low = tl.load(p_sum + low_bin - 1, mask=m_earlier & (o_split * 0 < low_bin), other=0, cache_modifier=".cg")
-        b_turn = tl.load(p_sum + BINS - 1, mask=m_earlier & (b_peak_bin < low_bin), other=0, cache_modifier=".cg")
-        before = tl.sum(b_to_peak - b_to_low + b_turn, 0)
-        o_tile = tl.arange(0, TILES)
-        o_unit = tl.arange(0, UNITS)
-        # of the units below the window, the first `under_skip` of the row stay out
-        under_skip = num_units - inside - extra
-        under = first * UNITS - before
-        offset = before
-        if extra > 0:
-            offset += tl.maximum(under - under_skip, 0)
-            for i_tile in tl.range(first, last, TILES):
-                m_tiles = i_tile + o_tile < last
-                b_tile_max = tl.load(p_tile_max + i_tile + o_tile, mask=m_tiles, other=-65536, cache_modifier=".cg")
-                i_unit = (i_tile + o_tile)[:, None] * UNITS + o_unit[None, :]
-                m_unit = m_tiles[:, None] & (i_unit < num_units)
-                b_code = tl.load(p_codes + i_unit, mask=m_unit, other=255, cache_modifier=".cg").to(tl.int32)
-                b_inside = tl.reshape((b_code <= (b_tile_max - lowest)[:, None]).to(tl.int32), [TILES * UNITS])
-                b_seen = tl.reshape(m_unit.to(tl.int32), [TILES * UNITS])
-                b_under = (1 - b_inside) * b_seen
-                b_rank = under + tl.cumsum(b_under, 0)
-                under += tl.sum(b_under, 0)
-                b_taken = b_seen * tl.maximum(b_inside, (b_rank > under_skip).to(tl.int32))
-                b_place = offset + tl.cumsum(b_taken, 0) - 1
-                o_flat = i_tile * UNITS + tl.arange(0, TILES * UNITS)
-                tl.store(p_indices + b_place, o_flat, mask=b_taken > 0)
-                offset += tl.sum(b_taken, 0)
-        else:
-            stop = tl.minimum(last * UNITS, num_units)
-            o_word = tl.arange(0, WORDS)
-            o_bit = tl.arange(0, 32)
-            for i_unit in tl.range(first * UNITS, stop, WORDS * 32, num_stages=3):
-                o_first = i_unit + o_word * 32
-                # [WORDS, 32]
-                o_each = o_first[:, None] + o_bit[None, :]
-                # a tile is compared by its own maximum; past the end the code is 255, which no limit reaches
-                b_each = tl.load(p_codes + o_each, mask=o_each < stop, other=255).to(tl.int32)
-                if UNITS >= 32:
-                    b_top = tl.load(p_tile_max + o_first // UNITS, mask=o_first < stop, other=-65536)[:, None]
-                else:
-                    b_top = tl.load(p_tile_max + o_each // UNITS, mask=o_each < stop, other=-65536)
-                b_in = (b_each <= tl.minimum(b_top - lowest, BINS - 2)).to(tl.uint32)
-                # the bits are disjoint: their sum is their union
-                b_word = tl.sum(b_in << o_bit[None, :].to(tl.uint32), 1)
-                b_size = _popcount(b_word)
-                b_from = offset + tl.cumsum(b_size, 0) - b_size
-                offset += tl.sum(b_size, 0)
-                for i_nth in tl.range(0, tl.max(b_size, 0)):
-                    b_lowest = b_word & (~b_word + 1)
-                    tl.store(p_indices + b_from + i_nth, o_first + _popcount(b_lowest - 1), mask=i_nth < b_size)
-                    b_word = b_word & (b_word - 1)
+    from .compact_range import compact_range
+    from .score_range import score_range
 
     @triton.jit
     def _score_select_kernel(
@@ -650,7 +240,7 @@ if HAS_TRITON:
                         INT8,
                     )
                 tl.debug_barrier()
-            _score_range(
+            score_range(
                 p_query + i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + i_query * stride_qm,
                 p_key + i_batch * stride_kb + i_key * stride_kh + tl.cast(begin, tl.int64) * stride_kn,
                 p_scale + i_batch * stride_sb + i_key * stride_sh + begin * stride_sn,
@@ -684,7 +274,7 @@ if HAS_TRITON:
             # the last block may be short: count it as such, so that the floor holds whichever blocks are taken
             tail = num_seen - (num_units - 1) * BLOCK
             wanted = tl.minimum(tl.cdiv(min_tokens + BLOCK - tail, BLOCK), num_units)
-            _compact_range(
+            compact_range(
                 p_codes,
                 p_tile_max,
                 p_histogram,
@@ -873,7 +463,7 @@ def launch_select(
     if index_query.stride(3) != 1:
         index_query = index_query.contiguous()
     on_gpu = index_query.is_cuda
-    padded = max(triton.next_power_of_2(head), 4)
+    padded = max(next_power_of_2(head), 4)
     tile_rows = max(_SCORE_CONFIG["tile_keys"] // padded, 1) if on_gpu else 8
     tile_rows = max(tile_rows, -(-block_size // _LANES), 64 // _LANES)
     tile = tile_rows * _LANES
@@ -988,18 +578,18 @@ def launch_select(
         "STEPS": _STEPS,
         "TILES": max(1, list_units // (2 * units)),
         "WORDS": list_units // 32,
-        "SPLITS": triton.next_power_of_2(splits),
+        "SPLITS": next_power_of_2(splits),
         "SPLIT_QUERY": index_query.dtype == torch.float32 and index_key.dtype != torch.float32,
         "INT8": index_scale is not None,
         "CONTIGUOUS": index_key.stride(2) == head == padded,
         "HAS_START": start is not None,
         "STAGES": _SCORE_CONFIG["stages"],
-        "COUNTING": _count_assembly(threads, elements, HISTOGRAM_BINS) if assembly else "",
-        "CONSTRAINTS": _count_constraints(elements) if assembly else "",
+        "COUNTING": count_assembly(threads, elements, HISTOGRAM_BINS) if assembly else "",
+        "CONSTRAINTS": count_constraints(elements) if assembly else "",
         "ELEMENTS": elements,
         "APPEND": new_tokens is not None,
         "HEAD_DIM": key.shape[3],
-        "BLOCK_D": triton.next_power_of_2(key.shape[3]),
+        "BLOCK_D": next_power_of_2(key.shape[3]),
         "KV_LIMIT": 0.0 if key_scale is None else kv_limit(full_key),
         "num_warps": _SCORE_CONFIG["warps"],
         "maxnreg": _SCORE_CONFIG["registers"],

@@ -14,11 +14,11 @@ and not for fp32.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from .common import triton
+from .common import ceil_div, next_power_of_2
+from .sink_window_rule import SinkWindow
+from .tiles import log2_scales, tma_ready
 
 try:
     from triton.experimental import gluon
@@ -336,45 +336,29 @@ if HAS_GLUON:
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
-def tma_ready(tensor: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator can read `[B, H, N, D]` as it lies: 16-byte base and strides."""
-    size = tensor.element_size()
-    aligned = all(stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:3])
-    return aligned and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
-
-
-def hopper_fits(query: torch.Tensor, others: tuple[torch.Tensor, ...], num_sinks: int) -> bool:
-    """Whether `run_hopper` can take these tensors; `others`: keys, values and sinks."""
+def hopper_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: SinkWindow) -> bool:
+    """Whether `run_hopper` can take these tensors."""
     if not HAS_GLUON or not query.is_cuda or query.element_size() != 2:
         return False
-    tile = TILES.get(triton.next_power_of_2(query.shape[3]))
-    if tile is None or num_sinks > tile[1] or torch.cuda.get_device_capability(query.device)[0] != 9:
+    tile = TILES.get(next_power_of_2(query.shape[3]))
+    if tile is None or rule.num_sinks > tile[1] or torch.cuda.get_device_capability(query.device)[0] != 9:
         return False
-    return all(tma_ready(tensor) for tensor in (query, *others))
+    read = (query, key, value, rule.sink_key, rule.sink_value)
+    return all(tensor is None or tma_ready(tensor) for tensor in read)
 
 
 def run_hopper(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *,
+    out: torch.Tensor,
     heads: torch.Tensor,
     kv_heads: torch.Tensor,
-    window: int,
-    num_sinks: int,
-    scale: float,
-    out: torch.Tensor,
-    q_start: int,
-    kv_start: int,
-    start: torch.Tensor | None,
-    sink_key: torch.Tensor | None,
-    sink_value: torch.Tensor | None,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
+    rule: SinkWindow,
 ) -> None:
     """Launch the kernel; arguments as in `sink_window_attention`, already checked, head lists as device tensors."""
     batch, _, q_len, head_dim = query.shape
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = next_power_of_2(head_dim)
     rows, block_n, stages, registers = TILES[block_d]
 
     def descriptor(tensor: torch.Tensor, length: int, tile: int) -> TensorDescriptor:
@@ -385,16 +369,14 @@ def run_hopper(
         return TensorDescriptor(tensor, shape, list(tensor.stride()), block, layout)
 
     # keys behind the last query may be uninitialised: past the descriptor's end zeros are read
-    kv_len = min(key.shape[2], q_start + q_len - kv_start)
+    kv_len = min(key.shape[2], rule.q_start + q_len - rule.kv_start)
     desc_k, desc_v = descriptor(key, kv_len, block_n), descriptor(value, kv_len, block_n)
-    desc_sink_k, desc_sink_v, sink_len = desc_k, desc_v, num_sinks
-    if sink_key is not None and sink_value is not None:
-        sink_len = sink_key.shape[2]
-        desc_sink_k = descriptor(sink_key, sink_len, block_n)
-        desc_sink_v = descriptor(sink_value, sink_len, block_n)
-    log2e = math.log2(math.e)
-    grid = (triton.cdiv(q_len, rows * WARP_GROUPS) * batch * heads.numel(),)
-    _sink_window_hopper_kernel[grid](
+    desc_sink_k, desc_sink_v, sink_len = desc_k, desc_v, rule.num_sinks
+    if rule.sink_key is not None and rule.sink_value is not None:
+        sink_len = rule.sink_key.shape[2]
+        desc_sink_k = descriptor(rule.sink_key, sink_len, block_n)
+        desc_sink_v = descriptor(rule.sink_value, sink_len, block_n)
+    _sink_window_hopper_kernel[(ceil_div(q_len, rows * WARP_GROUPS) * batch * heads.numel(),)](
         descriptor(query, q_len, rows),
         desc_k,
         desc_v,
@@ -403,21 +385,18 @@ def run_hopper(
         out,
         heads,
         kv_heads,
-        start,
-        sink_logits,
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
+        rule.start,
+        rule.sink_logits,
+        *out.stride()[:3],
         heads.numel(),
         q_len,
         kv_len,
-        q_start,
-        kv_start,
-        window,
-        num_sinks,
+        rule.q_start,
+        rule.kv_start,
+        rule.window,
+        rule.num_sinks,
         sink_len,
-        scale * log2e if softcap is None else 2 * scale / softcap * log2e,
-        0.0 if softcap is None else softcap * log2e,
+        *log2_scales(rule.scale, rule.softcap),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         ROWS=rows,
@@ -425,10 +404,6 @@ def run_hopper(
         STAGES=stages,
         GROUPS=WARP_GROUPS,
         REGISTERS=registers,
-        HAS_START=start is not None,
-        HAS_SINKS=num_sinks > 0,
-        SINKS_APART=sink_key is not None,
-        SOFTCAP=softcap is not None,
-        HAS_LOGITS=sink_logits is not None,
+        **rule.flags(),
         num_warps=4,
     )

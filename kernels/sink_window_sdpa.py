@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .common import starts
+from .sink_window_rule import SinkWindow
 
 TILE = 512
 
@@ -67,30 +68,25 @@ def sink_window_attention_sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *,
+    out: torch.Tensor,
     heads: tuple[int, ...],
     kv_heads: tuple[int, ...],
-    window: int,
-    num_sinks: int,
-    scale: float,
-    out: torch.Tensor,
-    q_start: int,
-    kv_start: int,
-    start: torch.Tensor | None,
-    sink_key: torch.Tensor,
-    sink_value: torch.Tensor,
+    rule: SinkWindow,
 ) -> torch.Tensor:
-    """As `sink_window_attention`; `sink_key` and `sink_value` `[B, Hkv, S, D]` are given by the caller."""
+    """As `sink_window_attention`; the rule has its sinks apart, `[B, Hkv, S, D]`."""
+    if rule.sink_key is None or rule.sink_value is None or rule.special:
+        raise ValueError("expected sinks in tensors of their own (gather_sinks), no soft-cap and no sink logits")
     batch, _, q_len, _ = query.shape
-    device, kv_len, sinks = query.device, key.shape[2], sink_key.shape[2]
-    first_slot = starts(start, batch, device)[:, None]
+    device, kv_len, sinks = query.device, key.shape[2], rule.sink_key.shape[2]
+    window, num_sinks, q_start, kv_start = rule.window, rule.num_sinks, rule.q_start, rule.kv_start
+    first_slot = starts(rule.start, batch, device)[:, None]
     groups = _groups(heads, kv_heads)
     for first in range(0, q_len, TILE):
         last = min(first + TILE, q_len)
         low = max(q_start + first - window + 1 - kv_start, 0)
         high = min(q_start + last - kv_start, kv_len)
         real = None
-        if start is None:
+        if rule.start is None:
             # beyond the sinks only the distance between rows and keys matters: inner tiles share one mask
             shift = max(min(kv_start + low, q_start + first) - num_sinks, 0)
             where = q_start + first - shift, kv_start + low - shift
@@ -107,11 +103,11 @@ def sink_window_attention_sdpa(
                 torch.cat([sink[:, at], rest[:, at, low:high]], 2)
                 .flatten(0, 1)[:, None]
                 .expand(-1, len(group) // count, -1, -1)
-                for sink, rest in ((sink_key, key), (sink_value, value))
+                for sink, rest in ((rule.sink_key, key), (rule.sink_value, value))
             )
             q = query[:, _rows(group), first:last].reshape(batch * count, -1, last - first, query.shape[3])
-            seen = mask if start is None else mask.repeat_interleave(count, 0)
-            tile = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+            seen = mask if rule.start is None else mask.repeat_interleave(count, 0)
+            tile = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rule.scale)
             tile = tile.reshape(batch, len(group), last - first, -1)
             if real is not None:
                 # rows on padding see nothing and may come out as NaN: zero, as in the reference

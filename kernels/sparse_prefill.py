@@ -19,12 +19,12 @@ from functools import partial
 
 import torch
 
+from .attention_inputs import check_attention_inputs
 from .common import HAS_TRITON, index_tensor, masked_softmax, row_tiles, soft_cap, starts, tl, triton, use_triton
 from .custom_op import define_op, needs_grad
-from .sink_window import check_attention_inputs
-from .sink_window_hopper import tma_ready
 from .sparse_gradient import Lists, as_lists, sparse_attention_with_gradient
 from .tile_blocks import BLOCK, GROUPS, TILE, tile_blocks_reference, tile_range
+from .tiles import tma_ready
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -128,8 +128,8 @@ def piece_lists(
 
 
 if HAS_TRITON:
-    from .sink_window import _attend
     from .tile_blocks import select_tile_blocks
+    from .tiles import attend
 
     @triton.jit(do_not_specialize=["num_heads", "q_len", "q_start", "tiles", "blocks"])
     def _sparse_prefill_kernel(
@@ -234,7 +234,7 @@ if HAS_TRITON:
             b_k = tl.load(p_kh + o_row[:, None] * stride_kn + o_d[None, :], mask=m_load, other=0.0)
             b_v = tl.load(p_vh + o_row[:, None] * stride_vn + o_d[None, :], mask=m_load, other=0.0)
             b_mask = (o_key[None, :] <= o_slot[:, None]) & (o_key >= first)[None, :]
-            b_acc, b_max, b_sum = _attend(
+            b_acc, b_max, b_sum = attend(
                 b_q, b_k, b_v, b_mask, b_acc, b_max, b_sum, scale, softcap, True, SOFTCAP, PRECISION
             )
         for i_n in tl.range(0, middle // PER_STEP, num_stages=STAGES):
@@ -258,7 +258,7 @@ if HAS_TRITON:
                 else:
                     b_k = tl.load(p_kt, mask=m_d[None, :], other=0.0)
                     b_v = tl.load(p_vt, mask=m_d[None, :], other=0.0)
-            b_acc, b_max, b_sum = _attend(
+            b_acc, b_max, b_sum = attend(
                 b_q, b_k, b_v, None, b_acc, b_max, b_sum, scale, softcap, False, SOFTCAP, PRECISION
             )
 

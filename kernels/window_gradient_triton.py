@@ -8,29 +8,25 @@ runs repeat bit for bit.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from .common import HAS_TRITON, index_tensor, starts, tl, triton
+from .common import HAS_TRITON, ceil_div, index_tensor, next_power_of_2, starts, tl, triton
+from .tiles import LOG2E, TileLaunch, log2_scales
 
 MAX_HEAD_DIM, MAX_SINKS = 256, 64
-_LOG2E = math.log2(math.e)
 # rows of a part, in the launch for the sinks
 _PART = 1024
 
 if HAS_TRITON:
+    from .tiles import begin_softmax, cap_scores, load_rows
 
     @triton.jit
     def _scores(b_fixed, b_stream, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
         """Scores `[fixed, streamed]` in units of log2; `scale` and `softcap` carry log2(e)."""
-        b_s = tl.dot(b_fixed, tl.trans(b_stream), input_precision=PRECISION)
-        if SOFTCAP:
-            # softcap * tanh(x), with tanh(x) = 1 - 2 / (exp(2 x) + 1), safe at both ends
-            return softcap - 2.0 * softcap / (tl.exp2(b_s * scale) + 1.0)
-        return b_s * scale
+        return cap_scores(tl.dot(b_fixed, tl.trans(b_stream), input_precision=PRECISION), scale, softcap, SOFTCAP)
 
     @triton.jit
     def _slope(b_p, b_dp, b_delta, b_s, softcap, SOFTCAP: tl.constexpr):
@@ -40,12 +36,6 @@ if HAS_TRITON:
             b_t = b_s / softcap
             b_ds *= 1.0 - b_t * b_t
         return b_ds
-
-    @triton.jit
-    def _load(p_base, o_row, stride, m_row, o_d, HEAD_DIM: tl.constexpr):
-        """Rows of a matrix with unit column stride; zeros where `m_row` is off and beyond its columns."""
-        p_tile = p_base + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-        return tl.load(p_tile, mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
 
     @triton.jit(do_not_specialize=["num_heads", "length", "window", "num_sinks"])
     def _rows_kernel(
@@ -110,18 +100,10 @@ if HAS_TRITON:
         p_k += i_b * stride_kb + kv_head * stride_kh
         p_v += i_b * stride_vb + kv_head * stride_vh
         # [BLOCK_M, BLOCK_D]
-        b_q = _load(p_q + i_b * stride_qb + head * stride_qh, o_m, stride_qm, m_m, o_d, HEAD_DIM)
-        b_g = _load(p_grad + i_b * stride_gb + head * stride_gh, o_m, stride_gm, m_m, o_d, HEAD_DIM)
+        b_q = load_rows(p_q + i_b * stride_qb + head * stride_qh, o_m, stride_qm, m_m, o_d, HEAD_DIM)
+        b_g = load_rows(p_grad + i_b * stride_gb + head * stride_gh, o_m, stride_gm, m_m, o_d, HEAD_DIM)
 
-        if HAS_LOGITS:
-            # the learned sink is a column of the denominator that has no value
-            logit = tl.load(p_logits + head).to(tl.float32) * 1.4426950408889634
-            b_max = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(logit, -1.0e30)
-            b_sum = tl.exp2(logit - b_max)
-        else:
-            # finite, so that rows which have seen nothing yet never compute inf - inf
-            b_max = tl.full([BLOCK_M], -1.0e30, tl.float32)
-            b_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_max, b_sum = begin_softmax(p_logits, head, BLOCK_M, HAS_LOGITS)
         b_delta = tl.zeros([BLOCK_M], tl.float32)
         b_lse = b_sum
         b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -133,8 +115,8 @@ if HAS_TRITON:
                 o_s = first + tl.arange(0, BLOCK_S)
                 m_s = (o_s < first + num_sinks) & (o_s < high)
                 # [BLOCK_S, BLOCK_D]
-                b_sk = _load(p_k, o_s, stride_kn, m_s, o_d, HEAD_DIM)
-                b_sv = _load(p_v, o_s, stride_vn, m_s, o_d, HEAD_DIM)
+                b_sk = load_rows(p_k, o_s, stride_kn, m_s, o_d, HEAD_DIM)
+                b_sv = load_rows(p_v, o_s, stride_vn, m_s, o_d, HEAD_DIM)
                 b_ss = _scores(b_q, b_sk, scale, softcap, SOFTCAP, PRECISION)
                 b_ss = tl.where(m_s[None, :] & (o_m[:, None] >= o_s[None, :]), b_ss, float("-inf"))
                 b_sdp = tl.dot(b_g, tl.trans(b_sv), input_precision=PRECISION)
@@ -155,8 +137,8 @@ if HAS_TRITON:
                 o_slot = i_n + o_n
                 m_n = o_slot < high
                 # [BLOCK_N, BLOCK_D]
-                b_k = _load(p_k, o_slot, stride_kn, m_n, o_d, HEAD_DIM)
-                b_v = _load(p_v, o_slot, stride_vn, m_n, o_d, HEAD_DIM)
+                b_k = load_rows(p_k, o_slot, stride_kn, m_n, o_d, HEAD_DIM)
+                b_v = load_rows(p_v, o_slot, stride_vn, m_n, o_d, HEAD_DIM)
                 b_s = _scores(b_q, b_k, scale, softcap, SOFTCAP, PRECISION)
                 o_distance = o_m[:, None] - o_slot[None, :]
                 m_seen = m_n[None, :] & (o_distance >= 0) & (o_distance < window)
@@ -254,8 +236,8 @@ if HAS_TRITON:
             m_low = tl.maximum(i_tile * BLOCK_N, first)
             m_high = tl.minimum(i_tile * BLOCK_N + BLOCK_N - 1 + window, length)
         # [BLOCK_N, BLOCK_D]
-        b_k = _load(p_k + i_b * stride_kb + kv_head * stride_kh, o_n, stride_kn, m_n, o_d, HEAD_DIM)
-        b_v = _load(p_v + i_b * stride_vb + kv_head * stride_vh, o_n, stride_vn, m_n, o_d, HEAD_DIM)
+        b_k = load_rows(p_k + i_b * stride_kb + kv_head * stride_kh, o_n, stride_kn, m_n, o_d, HEAD_DIM)
+        b_v = load_rows(p_v + i_b * stride_vb + kv_head * stride_vh, o_n, stride_vn, m_n, o_d, HEAD_DIM)
         b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for i_r in tl.range(tl.load(p_bounds + i_u), tl.load(p_bounds + i_u + 1)):
@@ -266,8 +248,8 @@ if HAS_TRITON:
                 o_m = i_m + tl.arange(0, BLOCK_M)
                 m_m = o_m < m_high
                 # [BLOCK_M, BLOCK_D]
-                b_q = _load(p_q + i_b * stride_qb + head * stride_qh, o_m, stride_qm, m_m, o_d, HEAD_DIM)
-                b_g = _load(p_grad + i_b * stride_gb + head * stride_gh, o_m, stride_gm, m_m, o_d, HEAD_DIM)
+                b_q = load_rows(p_q + i_b * stride_qb + head * stride_qh, o_m, stride_qm, m_m, o_d, HEAD_DIM)
+                b_g = load_rows(p_grad + i_b * stride_gb + head * stride_gh, o_m, stride_gm, m_m, o_d, HEAD_DIM)
                 b_lse = tl.load(p_lse + i_row + o_m, mask=m_m, other=float("inf"))
                 b_delta = tl.load(p_delta + i_row + o_m, mask=m_m, other=0.0)
                 # [BLOCK_N, BLOCK_M]
@@ -294,26 +276,17 @@ if HAS_TRITON:
         tl.store(p_dv + o_out, b_dv.to(p_dv.dtype.element_ty), mask=m_out)
 
 
-class _Launch(NamedTuple):
-    """Length of the fixed tile and of the streamed tiles, warps, stages."""
-
-    fixed: int
-    streamed: int
-    warps: int
-    stages: int
-
-
-def _launches(query: torch.Tensor) -> tuple[_Launch, _Launch]:
+def _launches(query: torch.Tensor) -> tuple[TileLaunch, TileLaunch]:
     """Of rows and of keys, by element size and head_dim."""
     if not query.is_cuda:
-        return _Launch(32, 16, 1, 1), _Launch(16, 32, 1, 1)
+        return TileLaunch(32, 16, 1, 1), TileLaunch(16, 32, 1, 1)
     if query.element_size() > 2:
-        return _Launch(32, 32, 4, 1), _Launch(32, 32, 4, 1)
+        return TileLaunch(32, 32, 4, 1), TileLaunch(32, 32, 4, 1)
     if query.shape[3] <= 64:
-        return _Launch(128, 64, 4, 3), _Launch(128, 64, 8, 2)
+        return TileLaunch(128, 64, 4, 3), TileLaunch(128, 64, 8, 2)
     if query.shape[3] <= 128:
-        return _Launch(128, 64, 8, 2), _Launch(64, 64, 4, 2)
-    return _Launch(64, 32, 8, 2), _Launch(32, 32, 8, 2)
+        return TileLaunch(128, 64, 8, 2), TileLaunch(64, 64, 4, 2)
+    return TileLaunch(64, 32, 8, 2), TileLaunch(32, 32, 8, 2)
 
 
 @lru_cache(maxsize=4096)
@@ -358,42 +331,39 @@ def window_gradient_triton(
     lse, delta = torch.empty(2, batch, n, length, dtype=torch.float32, device=device)
     grad_query = torch.zeros(query.shape, dtype=query.dtype, device=device)
     grad_key, grad_value = torch.zeros(2, *key.shape, dtype=key.dtype, device=device)
-    if softcap is None:
-        scale_arg, softcap_arg = scale * _LOG2E, 0.0
-    else:
-        scale_arg, softcap_arg = 2 * scale / softcap * _LOG2E, softcap * _LOG2E
+    scales = *log2_scales(scale, softcap), scale
     strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3]
     of_rows, of_keys = _launches(query)
     # without sinks beyond the window, those within it are keys like others
     has_sinks = num_sinks > 0 and window < length
-    block_s = max(16, triton.next_power_of_2(num_sinks))
+    block_s = max(16, next_power_of_2(num_sinks))
     shapes: dict[str, Any] = {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "SOFTCAP": softcap is not None,
         "PRECISION": "ieee" if query.element_size() > 2 else "tf32",
     }
     counted = num_sinks if has_sinks else 0
     with torch.cuda.device_of(query):
-        _rows_kernel[(triton.cdiv(length, of_rows.fixed) * n * batch,)](
+        _rows_kernel[(ceil_div(length, of_rows.fixed) * n * batch,)](
             query, key, value, grad, query if sink_logits is None else sink_logits, reading[0],
             index_tensor(kv_heads, device), first_slot, lse, delta, grad_query, *strides, *grad_query.stride()[:3],
-            n, length, window, counted, scale_arg, softcap_arg, scale, BLOCK_M=of_rows.fixed,
+            n, length, window, counted, *scales, BLOCK_M=of_rows.fixed,
             BLOCK_N=of_rows.streamed, BLOCK_S=block_s, STAGES=of_rows.stages, HAS_SINKS=has_sinks,
-            HAS_LOGITS=sink_logits is not None, num_warps=of_rows.warps, num_stages=of_rows.stages, **shapes,
+            HAS_LOGITS=sink_logits is not None, **of_rows.options, **shapes,
         )  # fmt: skip
 
         def keys(into: tuple[torch.Tensor, torch.Tensor], programs: int, block_n: int, sinks: bool) -> None:
             _keys_kernel[(programs, len(used), batch)](
                 query, key, value, grad, *reading, first_slot, lse, delta, *into, *strides, *grad_key.stride()[:3],
-                n, len(used), length, window, counted, _PART, scale_arg, softcap_arg, scale,
+                n, len(used), length, window, counted, _PART, *scales,
                 BLOCK_M=of_keys.streamed, BLOCK_N=block_n, STAGES=of_keys.stages, SINKS=sinks,
-                num_warps=of_keys.warps, num_stages=of_keys.stages, **shapes,
+                **of_keys.options, **shapes,
             )  # fmt: skip
 
-        keys((grad_key, grad_value), triton.cdiv(length, of_keys.fixed), of_keys.fixed, False)
+        keys((grad_key, grad_value), ceil_div(length, of_keys.fixed), of_keys.fixed, False)
         if has_sinks:
-            parts = triton.cdiv(length, _PART)
+            parts = ceil_div(length, _PART)
             sums = torch.empty(2, batch, len(used), parts, block_s, head_dim, dtype=torch.float32, device=device)
             keys((sums[0], sums[1]), parts, block_s, True)
             slots = first_slot[:, None] + torch.arange(num_sinks, device=device)
@@ -406,7 +376,7 @@ def window_gradient_triton(
                 into.index_put_(place, beyond, accumulate=True)
     grad_logits = None
     if sink_logits is not None:
-        logits = sink_logits.float()[reading[0]] * _LOG2E
+        logits = sink_logits.float()[reading[0]] * LOG2E
         by_head = -(torch.exp2(logits[:, None] - lse) * delta).sum((0, 2))
         grad_logits = torch.zeros_like(sink_logits).index_copy_(0, reading[0], by_head.to(sink_logits.dtype))
     found = (x.to(dtype) for x, dtype in zip((grad_query, grad_key, grad_value), dtypes, strict=True))

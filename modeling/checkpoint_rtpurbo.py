@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -39,7 +40,15 @@ _HUB_ARGUMENTS = (
 _PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
-class CheckpointMixin:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    _Model = PreTrainedModel
+else:
+    _Model = object
+
+
+class CheckpointMixin(_Model):
     """`from_pretrained`, `save_pretrained` and `push_to_hub` of `RTPurboForCausalLM`."""
 
     _adapter_only = False
@@ -206,33 +215,32 @@ class CheckpointMixin:
         if push_to_hub:
             pushed = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs}
             repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
-            result = self.save_pretrained(save_directory, *args, adapter_only=adapter_only, **kwargs)
+            self.save_pretrained(save_directory, *args, adapter_only=adapter_only, **kwargs)
             # the stock path would upload what super() wrote, without the code
             if kwargs.get("is_main_process", True):
                 self._push_folder(Path(save_directory), repo_id, adapter_only=adapter_only, **pushed)
-            return result
+            return
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, and {folder} is a file")
         folder.mkdir(parents=True, exist_ok=True)
         self.config.auto_map = dict(AUTO_MAP)
-        classes = (type(self), type(self.config))
+        classes: tuple[Any, ...] = (type(self), type(self.config))
         registered = [cls._auto_class for cls in classes]
         # the stock copier of custom code knows flat folders only
         for cls in classes:
             cls._auto_class = None
         try:
             if adapter_only:
-                result = self._save_adapter(folder, is_main_process=kwargs.get("is_main_process", True))
+                self._save_adapter(folder, is_main_process=kwargs.get("is_main_process", True))
             else:
                 (folder / INDEXER_FILE).unlink(missing_ok=True)
-                result = super().save_pretrained(save_directory, *args, **kwargs)
+                super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             for cls, value in zip(classes, registered, strict=True):
                 cls._auto_class = value
         if kwargs.get("is_main_process", True):
             export_code(folder)
-        return result
 
     def _save_adapter(self, folder: Path, *, is_main_process: bool) -> None:
         if not self.config.base_model_name_or_path:
@@ -250,7 +258,7 @@ class CheckpointMixin:
         save_file(weights, temporary, metadata={"format": "pt", **digests(weights)})
         temporary.replace(folder / INDEXER_FILE)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # the parent's keywords are taken as **kwargs
         self,
         repo_id: str,
         *,
@@ -279,8 +287,10 @@ class CheckpointMixin:
         if adapter_only:
             require_hub_base(self.config)
         written = {*code_files(), "config.json", "generation_config.json"}
-        files = {p.name: p for p in folder.iterdir() if p.name in written or is_weight_file(p.name)}
-        files["config.json"] = portable_config(files["config.json"].read_text(encoding="utf-8"))
+        files: dict[str, Path | bytes] = {
+            p.name: p for p in folder.iterdir() if p.name in written or is_weight_file(p.name)
+        }
+        files["config.json"] = portable_config((folder / "config.json").read_text(encoding="utf-8"))
         base = self.config.base_model_name_or_path
         card_data = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rtpurbo"]}
         if is_hub_id(base):

@@ -199,10 +199,12 @@ class RTPurboConfig(PreTrainedConfig):
             self._check_heads()
 
     def _check_heads(self) -> None:
-        heads = self.retrieval_heads
+        heads: Any = self.retrieval_heads
         _require(isinstance(heads, (list, tuple)), f"retrieval_heads must be a list per layer, got {heads!r}")
-        text = None if self.base_config is None else self.base_config.get_text_config(decoder=True)
-        if text is not None:
+        # a dict has become a config by now
+        base: Any = self.base_config
+        if base is not None:
+            text = base.get_text_config(decoder=True)
             _require(
                 len(heads) == text.num_hidden_layers,
                 f"retrieval_heads has {len(heads)} layers, the base model has {text.num_hidden_layers}",

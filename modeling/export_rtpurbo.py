@@ -15,8 +15,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_rtpurbo.RTPurboForCausalLM",
 }
 _ENTRIES = ("configuration_rtpurbo", "modeling_rtpurbo")
-_IMPORT = re.compile(r"^from (?:\.|\.\.kernels\.)(\w+) import", re.M)
-_PARENT = re.compile(r"^from \.\.kernels\.(\w+) import", re.M)
+_IMPORT = re.compile(r"^[ \t]*from (?:\.|\.\.kernels\.)(\w+) import", re.M)
+_PARENT = re.compile(r"^([ \t]*)from \.\.kernels\.(\w+) import", re.M)
 _NESTED = re.compile(r"^\s*(?:from\s+\.\.|from\s+\.\w+\.\w+|from\s+\.\s+import)", re.M)
 
 
@@ -44,7 +44,7 @@ def code_files() -> dict[str, str]:
             continue
         text = _source(name).read_text(encoding="utf-8")
         queue.extend(_IMPORT.findall(text))
-        text = _PARENT.sub(r"from .\1 import", text)
+        text = _PARENT.sub(r"\1from .\2 import", text)
         if _NESTED.search(text):
             raise RuntimeError(f"{name}.py: a relative import that cannot be flattened")
         files[f"{name}.py"] = text

@@ -36,7 +36,7 @@ def _rope_on_sliding_layers(attention: nn.Module) -> bool:
 
 
 def _rope_on_sliding_or_uniform(attention: nn.Module) -> bool:
-    return attention.sliding_window is None or attention.is_sliding
+    return attention.sliding_window is None or bool(attention.is_sliding)
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,9 @@ def full_attention_modules(model: nn.Module) -> list[nn.Module]:
     layers = set(full_attention_layers(model.config))
     found = [m for m in attention_modules(model) if m.layer_idx in layers]
     if not found:
+        kind = getattr(model.config, "model_type", type(model).__name__)
         raise ValueError(
-            f"the base model ({model.config.model_type}) has no full-attention layer: nothing to convert. "
+            f"the base model ({kind}) has no full-attention layer: nothing to convert. "
             "Check its config's sliding_window and layer_types"
         )
     return found
@@ -138,7 +139,8 @@ def head_counts(config) -> tuple[int, int]:
 
 def head_dim(attention: nn.Module) -> int:
     """Dimensions of one head."""
-    return attention.head_size if hasattr(attention, "head_size") else attention.head_dim
+    name = "head_size" if hasattr(attention, "head_size") else "head_dim"
+    return int(getattr(attention, name))
 
 
 def rotation(attention: nn.Module, family: Family) -> Callable | None:

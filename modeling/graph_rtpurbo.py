@@ -43,7 +43,13 @@ class DecodeGraph:
         return True
 
     def step(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> CausalLMOutputWithPast:
-        """Replay: the next token's logits `[B, 1, vocabulary]`."""
+        """Replay: the next token's logits `[B, 1, vocabulary]`.
+
+        Raises:
+            RuntimeError: nothing was captured.
+        """
+        if self.graph is None or self.logits is None:
+            raise RuntimeError("this graph was not captured: call capture() first, and step() only if it returns True")
         self.ids.copy_(input_ids)
         if position_ids is None:
             self.positions.fill_(self.cache.get_seq_length())

@@ -34,7 +34,8 @@ def bring_back(module: nn.Module, *, empty: bool = False) -> None:
     if not offloaded:
         return
     device = execution_device(module)
-    aside = next((hook.weights_map for hook in _hooks(module) if getattr(hook, "weights_map", None) is not None), None)
+    maps = (getattr(hook, "weights_map", None) for hook in _hooks(module))
+    aside = next((weights for weights in maps if weights is not None), None)
     if device is None or aside is None:
         raise ValueError(f"{type(module).__name__} has no weights, and accelerate holds none for it")
     values = {
@@ -43,7 +44,7 @@ def bring_back(module: nn.Module, *, empty: bool = False) -> None:
     }
     del module._hf_hook
     if hasattr(module, "_old_forward"):
-        module.forward = module._old_forward
+        module.forward = module._old_forward  # type: ignore[assignment]
         del module._old_forward
     for name, value in values.items():
         module._parameters[name] = nn.Parameter(value, requires_grad=offloaded[name].requires_grad)

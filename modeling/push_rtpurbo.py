@@ -117,5 +117,6 @@ def _card(repo_id: str, present: set[str], *, revision, token, tags, card_data) 
         return {}
     path = HfApi(token=token).hf_hub_download(repo_id, "README.md", revision=revision)
     card = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
+    known = card.data.get("tags") or []
+    card.data["tags"] = [*known, *(tag for tag in tags if tag not in known)]
     return {"README.md": str(card).encode()}

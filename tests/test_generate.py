@@ -488,7 +488,7 @@ def test_pipeline_streamer_and_stop_strings(byte_tokenizer):
 
 def test_refusals(model, batch):
     ids, mask = batch
-    with pytest.raises(ValueError, match="'quantized' is not supported.*kv_cache_dtype='int8'"):
+    with pytest.raises(ValueError, match=r"'quantized' is not supported.*kv_cache_dtype='int8'"):
         model.generate(ids, attention_mask=mask, cache_implementation="quantized", **GREEDY)
     chunked = make("gemma3_text")
     chunked.config.base_config.layer_types[0] = "hybrid_sliding"

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels.append import quantize_index
 from ..kernels.decode import decode_attention, decode_attention_reference, decode_step
-from ..kernels.score_select import Selection, select_top_p, select_top_p_reference
+from ..kernels.score_select import select_top_p
+from ..kernels.selection import Selection, select_top_p_reference
 from ..kernels.workspace import DecodeWorkspace
 from .harness import Row, checked, copy_bandwidth, input_sets, measure, relative_error
 

@@ -12,7 +12,8 @@ from decode_case import Case, relative_error
 
 from rtpurbo_hf.kernels.append import append_step
 from rtpurbo_hf.kernels.decode import decode_attention, decode_attention_reference, decode_step
-from rtpurbo_hf.kernels.score_select import Selection, select_top_p, select_top_p_reference, selection_mask
+from rtpurbo_hf.kernels.score_select import select_top_p
+from rtpurbo_hf.kernels.selection import Selection, select_top_p_reference, selection_mask
 from rtpurbo_hf.kernels.workspace import DecodeWorkspace
 
 pytestmark = [

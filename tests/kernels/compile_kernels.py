@@ -229,22 +229,25 @@ def step_inputs(geometry: Geometry) -> None:
 
 def stage_one_loss(geometry: Geometry, *, special: bool = False) -> None:
     """Past the wrapper: without a device guard there is no autograd."""
-    from rtpurbo_hf.kernels.indexer_kl_triton import indexer_kl_triton
+    from rtpurbo_hf.kernels.indexer_kl_triton import SampledRows, indexer_kl_triton
 
     rows, count = 512, len(geometry.retrieval)
-    places = {"heads": geometry.retrieval, "kv_heads": geometry.rows(geometry.retrieval), "index_heads": range(count)}
-    indexer_kl_triton(
-        _empty(1, geometry.query_heads, rows, geometry.head_dim),
-        _empty(1, geometry.kv_heads, LENGTH, geometry.head_dim),
-        _empty(1, count, rows, INDEX_DIM, dtype=torch.float32),
-        _empty(1, count, LENGTH, INDEX_DIM, dtype=torch.float32),
+    places = geometry.retrieval, geometry.rows(geometry.retrieval), tuple(range(count))
+    sampled = SampledRows(
+        *(torch.tensor(heads, device="cuda") for heads in places),
         q_slots=_empty(1, rows, dtype=torch.int64),
         weight=_empty(1, rows, dtype=torch.float32),
         first_slot=_empty(1, dtype=torch.int64),
         scale=geometry.head_dim**-0.5,
         softcap=50.0 if special else None,
+    )
+    indexer_kl_triton(
+        _empty(1, geometry.query_heads, rows, geometry.head_dim),
+        _empty(1, geometry.kv_heads, LENGTH, geometry.head_dim),
+        _empty(1, count, rows, INDEX_DIM, dtype=torch.float32),
+        _empty(1, count, LENGTH, INDEX_DIM, dtype=torch.float32),
+        sampled,
         gradient=True,
-        **{name: torch.tensor(tuple(heads), device="cuda") for name, heads in places.items()},
     )
 
 

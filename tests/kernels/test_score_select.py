@@ -4,7 +4,8 @@ import pytest
 import torch
 from decode_case import Case
 
-from rtpurbo_hf.kernels.score_select import Selection, select_top_p, select_top_p_reference, selection_mask
+from rtpurbo_hf.kernels.score_select import select_top_p
+from rtpurbo_hf.kernels.selection import Selection, select_top_p_reference, selection_mask
 from rtpurbo_hf.kernels.top_p import top_p_set_reference
 from rtpurbo_hf.kernels.workspace import DecodeWorkspace
 

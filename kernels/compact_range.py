@@ -1,0 +1,131 @@
+"""The second phase of `score_select.py`: from a row's counts to its threshold, and the list of what reaches it."""
+
+from __future__ import annotations
+
+from .common import HAS_TRITON, tl, triton
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _popcount(b_word):
+        """int32 number of set bits of uint32 words."""
+        b_word = b_word - ((b_word >> 1) & 0x55555555)
+        b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
+        b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
+        return ((b_word * 0x01010101) >> 24).to(tl.int32)
+
+    @triton.jit
+    def compact_range(
+        p_codes,
+        p_tile_max,
+        p_histogram,
+        p_sums,
+        p_peak,
+        p_indices,
+        p_counts,
+        num_units,
+        wanted_units,
+        top_p,
+        i_split,
+        num_splits,
+        first,
+        last,
+        UNITS: tl.constexpr,
+        BINS: tl.constexpr,
+        SPAN: tl.constexpr,
+        STEPS: tl.constexpr,
+        TILES: tl.constexpr,
+        WORDS: tl.constexpr,
+        SPLITS: tl.constexpr,
+    ):
+        """Find the row's threshold in its histogram, and list the selected units of tiles `first..last`.
+
+        Selected units become bits, 32 to a word; words are counted and placed, then each emits its bits.
+        """
+        o_split = tl.arange(0, SPLITS)
+        o_far = tl.arange(0, BINS)
+        b_peaks = tl.load(p_peak + o_split, mask=o_split < num_splits, other=-32768, cache_modifier=".cg")
+        top = tl.max(b_peaks, 0)
+        # bins in the order of falling scores: distance 0 holds the row's maximum
+        i_bin = top - o_far + SPAN // 2
+        m_bin = (i_bin >= 0) & (o_far < BINS - 1)
+        b_all = tl.load(p_histogram + i_bin, mask=m_bin, other=0, cache_modifier=".cg")
+        b_count = tl.cumsum(b_all, 0)
+        inside = tl.sum(b_all, 0)
+        # a unit at distance d weighs from 2^(-d/STEPS) up to one step more, in units of the top bin's lower edge
+        b_low = tl.exp2(-o_far.to(tl.float32) / STEPS) * b_all.to(tl.float32)
+        b_selected = tl.cumsum(b_low, 0)
+        # the units below the window weigh at most as much as its lower edge
+        below = (num_units - inside).to(tl.float32) * tl.exp2(-(BINS - 2.0) / STEPS + 0.0 * top_p)
+        step = tl.exp2(1.0 / STEPS + 0.0 * top_p)
+        b_rest = (tl.sum(b_low, 0) - b_selected) * step + below
+        m_mass = b_selected >= top_p * (b_selected + b_rest)
+        m_enough = m_mass & (b_count >= wanted_units)
+        cut = tl.min(tl.where(m_enough, o_far, BINS), 0)
+        # units below the window of the histogram, latest first: only to reach the floor on the count
+        extra = num_units * 0
+        if cut == BINS:
+            cut = BINS - 2
+            extra = num_units - inside
+            if tl.max(m_mass.to(tl.int32), 0) > 0:
+                extra = tl.minimum(extra, wanted_units - inside)
+        lowest = top - cut
+        if i_split == 0:
+            tl.store(p_counts, tl.sum(tl.where(o_far <= cut, b_all, 0), 0) + extra)
+        # how many units each earlier CTA lists: a difference of its running sums, around the circle
+        low_bin = lowest & (BINS - 1)
+        b_peak_bin = b_peaks & (BINS - 1)
+        m_earlier = (o_split < i_split) & (b_peaks >= lowest)
+        p_sum = p_sums + o_split * BINS
+        b_to_peak = tl.load(p_sum + b_peak_bin, mask=m_earlier, other=0, cache_modifier=".cg")
+        b_to_low = tl.load(p_sum + low_bin - 1, mask=m_earlier & (o_split * 0 < low_bin), other=0, cache_modifier=".cg")
+        b_turn = tl.load(p_sum + BINS - 1, mask=m_earlier & (b_peak_bin < low_bin), other=0, cache_modifier=".cg")
+        before = tl.sum(b_to_peak - b_to_low + b_turn, 0)
+        o_tile = tl.arange(0, TILES)
+        o_unit = tl.arange(0, UNITS)
+        # of the units below the window, the first `under_skip` of the row stay out
+        under_skip = num_units - inside - extra
+        under = first * UNITS - before
+        offset = before
+        if extra > 0:
+            offset += tl.maximum(under - under_skip, 0)
+            for i_tile in tl.range(first, last, TILES):
+                m_tiles = i_tile + o_tile < last
+                b_tile_max = tl.load(p_tile_max + i_tile + o_tile, mask=m_tiles, other=-65536, cache_modifier=".cg")
+                i_unit = (i_tile + o_tile)[:, None] * UNITS + o_unit[None, :]
+                m_unit = m_tiles[:, None] & (i_unit < num_units)
+                b_code = tl.load(p_codes + i_unit, mask=m_unit, other=255, cache_modifier=".cg").to(tl.int32)
+                b_inside = tl.reshape((b_code <= (b_tile_max - lowest)[:, None]).to(tl.int32), [TILES * UNITS])
+                b_seen = tl.reshape(m_unit.to(tl.int32), [TILES * UNITS])
+                b_under = (1 - b_inside) * b_seen
+                b_rank = under + tl.cumsum(b_under, 0)
+                under += tl.sum(b_under, 0)
+                b_taken = b_seen * tl.maximum(b_inside, (b_rank > under_skip).to(tl.int32))
+                b_place = offset + tl.cumsum(b_taken, 0) - 1
+                o_flat = i_tile * UNITS + tl.arange(0, TILES * UNITS)
+                tl.store(p_indices + b_place, o_flat, mask=b_taken > 0)
+                offset += tl.sum(b_taken, 0)
+        else:
+            stop = tl.minimum(last * UNITS, num_units)
+            o_word = tl.arange(0, WORDS)
+            o_bit = tl.arange(0, 32)
+            for i_unit in tl.range(first * UNITS, stop, WORDS * 32, num_stages=3):
+                o_first = i_unit + o_word * 32
+                # [WORDS, 32]
+                o_each = o_first[:, None] + o_bit[None, :]
+                # a tile is compared by its own maximum; past the end the code is 255, which no limit reaches
+                b_each = tl.load(p_codes + o_each, mask=o_each < stop, other=255).to(tl.int32)
+                if UNITS >= 32:
+                    b_top = tl.load(p_tile_max + o_first // UNITS, mask=o_first < stop, other=-65536)[:, None]
+                else:
+                    b_top = tl.load(p_tile_max + o_each // UNITS, mask=o_each < stop, other=-65536)
+                b_in = (b_each <= tl.minimum(b_top - lowest, BINS - 2)).to(tl.uint32)
+                # the bits are disjoint: their sum is their union
+                b_word = tl.sum(b_in << o_bit[None, :].to(tl.uint32), 1)
+                b_size = _popcount(b_word)
+                b_from = offset + tl.cumsum(b_size, 0) - b_size
+                offset += tl.sum(b_size, 0)
+                for i_nth in tl.range(0, tl.max(b_size, 0)):
+                    b_lowest = b_word & (~b_word + 1)
+                    tl.store(p_indices + b_from + i_nth, o_first + _popcount(b_lowest - 1), mask=i_nth < b_size)
+                    b_word = b_word & (b_word - 1)

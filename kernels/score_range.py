@@ -1,0 +1,220 @@
+"""The first phase of `score_select.py`: score a share of one row's keys, and count the scores."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from .common import HAS_TRITON, tl, triton
+
+
+@lru_cache(maxsize=8)
+def count_assembly(threads: int, elements: int, bins: int) -> str:
+    """PTX that counts the `elements` bins each of `threads` threads holds, by atomics in shared memory.
+
+    Inputs: the bins, then whether each counts. Outputs: the first `bins / threads` of each thread are the counts of
+    bins thread, thread + threads, ..., the others 0; then the numbers of those bins, -1 for the others.
+    """
+    own = bins // threads
+    lines = [
+        "{",
+        f".shared .align 4 .b32 counts[{bins}];",
+        ".reg .pred use;",
+        ".reg .b32 place, base, mine, value;",
+        "mov.u32 mine, %tid.x;",
+        "mov.u32 base, counts;",
+        "shl.b32 place, mine, 2;",
+        "add.u32 place, place, base;",
+    ]
+    lines += [f"st.shared.b32 [place + {4 * threads * i}], 0;" for i in range(own)]
+    lines += ["bar.sync 0;"]
+    for i in range(elements):
+        lines += [
+            f"setp.ne.s32 use, ${3 * elements + i}, 0;",
+            f"shl.b32 value, ${2 * elements + i}, 2;",
+            "add.u32 value, value, base;",
+            "@use red.shared.add.u32 [value], 1;",
+        ]
+    lines += ["bar.sync 0;"]
+    for i in range(elements):
+        if i < own:
+            lines += [f"ld.shared.b32 ${i}, [place + {4 * threads * i}];"]
+            lines += [f"add.u32 ${elements + i}, mine, {threads * i};"]
+        else:
+            lines += [f"mov.b32 ${i}, 0;", f"mov.b32 ${elements + i}, -1;"]
+    lines += ["bar.sync 0;", "}"]
+    return "\n".join(lines)
+
+
+@lru_cache(maxsize=8)
+def count_constraints(elements: int) -> str:
+    return ",".join(["=&r"] * (2 * elements) + ["r"] * (2 * elements))
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _query_matrix(p_query, HEAD: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr):
+        """fp32 `[LANES * PADDED, LANES]`: column t holds the query at rows t * PADDED..; one dot scores LANES keys."""
+        o_k = tl.arange(0, LANES * PADDED)
+        o_t = tl.arange(0, LANES)
+        mine = ((o_k // PADDED)[:, None] == o_t[None, :]) & ((o_k % PADDED) < HEAD)[:, None]
+        return tl.load(p_query + (o_k % PADDED)[:, None] + 0 * o_t[None, :], mask=mine, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def score_range(
+        p_query,
+        p_key,
+        p_scale,
+        p_codes,
+        p_tile_max,
+        p_histogram,
+        p_sums,
+        p_peak,
+        num_seen,
+        first,
+        last,
+        stride_kn,
+        stride_sn,
+        HEAD: tl.constexpr,
+        PADDED: tl.constexpr,
+        ROWS: tl.constexpr,
+        LANES: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BINS: tl.constexpr,
+        SPAN: tl.constexpr,
+        STEPS: tl.constexpr,
+        SPLIT_QUERY: tl.constexpr,
+        INT8: tl.constexpr,
+        CONTIGUOUS: tl.constexpr,
+        STAGES: tl.constexpr,
+        COUNTING: tl.constexpr,
+        CONSTRAINTS: tl.constexpr,
+        ELEMENTS: tl.constexpr,
+    ):
+        """Score tiles `first..last` of one query row; leave their codes, tile maxima and one histogram behind.
+
+        Scores are counted in steps of 1/STEPS octave, floor(STEPS * log2(e) * s): absolute numbers, so that all
+        CTAs share their bin edges. A CTA's histogram is circular, bin = step mod BINS, and holds the BINS - 1 steps
+        from the largest seen (`peak`) down. It is added to the row's, where a step has its own place, and its
+        running sums are kept: they tell how much of the list precedes each CTA. A code is the distance to the
+        tile's maximum.
+        """
+        TILE: tl.constexpr = ROWS * LANES
+        UNITS: tl.constexpr = TILE // BLOCK
+        LOG2E: tl.constexpr = 1.4426950408889634
+        FLOOR: tl.constexpr = -32768
+        HALF: tl.constexpr = SPAN // 2
+        o_row = tl.arange(0, ROWS)
+        o_lane = tl.arange(0, LANES)
+        o_k = tl.arange(0, LANES * PADDED)
+        o_all = tl.arange(0, BINS)
+        o_bin = o_all
+        # [LANES * PADDED, LANES]
+        b_query = _query_matrix(p_query, HEAD, PADDED, LANES)
+        factor = LOG2E
+        if INT8:
+            # 14 bits of the query in two int8 parts: the products are exact
+            step = tl.maximum(tl.max(tl.max(tl.abs(b_query), 1), 0), 1e-30) / 8128.0
+            b_query = tl.floor(b_query / step + 0.5)
+            b_upper = tl.floor((b_query + 64.0) / 128.0)
+            b_high = b_upper.to(tl.int8)
+            b_low = (b_query - 128.0 * b_upper).to(tl.int8)
+            factor = factor * step
+        else:
+            b_high = b_query.to(p_key.dtype.element_ty)
+            if SPLIT_QUERY:
+                b_low = (b_query - b_high.to(tl.float32)).to(p_key.dtype.element_ty)
+        if CONTIGUOUS:
+            o_key = o_row[:, None] * (LANES * PADDED) + o_k[None, :]
+        else:
+            o_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) * stride_kn + (o_k % PADDED)[None, :]
+        o_token = o_row[:, None] * LANES + o_lane[None, :]
+        if COUNTING == "":
+            b_histogram = tl.zeros([BINS], dtype=tl.int32)
+        else:
+            b_histogram = tl.zeros([ROWS, LANES], dtype=tl.int32)
+            o_bin = tl.full([ROWS, LANES], -1, dtype=tl.int32)
+        peak = tl.full((), FLOOR, tl.int32)
+        if INT8:
+            b_next = tl.load(
+                p_scale + tl.cast(first * TILE, tl.int64) * stride_sn + o_token * stride_sn,
+                mask=o_token < tl.where(first < last, num_seen - first * TILE, 0),
+                other=0.0,
+            )
+        for i_tile in tl.range(first, last, num_stages=STAGES):
+            left = num_seen - i_tile * TILE
+            m_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) < left
+            if HEAD != PADDED:
+                m_key = m_key & ((o_k % PADDED) < HEAD)[None, :]
+            # [ROWS, LANES * PADDED]
+            p_tile = p_key + tl.cast(i_tile * TILE, tl.int64) * stride_kn
+            b_key = tl.load(p_tile + o_key, mask=m_key, other=0)
+            # [ROWS, LANES]
+            if INT8:
+                b_score = (tl.dot(b_key, b_high) * 128 + tl.dot(b_key, b_low)).to(tl.float32)
+                b_scale = b_next
+                # scales are few and no operand of a dot: they are fetched one tile ahead by hand
+                b_next = tl.load(
+                    p_scale + tl.cast((i_tile + 1) * TILE, tl.int64) * stride_sn + o_token * stride_sn,
+                    mask=o_token < left - TILE,
+                    other=0.0,
+                )
+                b_score *= b_scale.to(tl.float32)
+            else:
+                b_score = tl.dot(b_key, b_high, input_precision="ieee")
+                if SPLIT_QUERY:
+                    b_score = tl.dot(b_key, b_low, b_score, input_precision="ieee")
+            b_score *= factor
+            if BLOCK == 1:
+                b_value = b_score * STEPS
+                m_unit = o_token < left
+                o_unit = o_token
+            else:
+                b_score = tl.where(o_token < left, b_score, -1e30)
+                b_block = tl.reshape(b_score, [UNITS, BLOCK])
+                b_top = tl.max(b_block, 1)
+                b_value = (b_top + tl.log2(tl.sum(tl.exp2(b_block - b_top[:, None]), 1))) * STEPS
+                o_unit = tl.arange(0, UNITS)
+                m_unit = o_unit * BLOCK < left
+            b_step = tl.minimum(tl.maximum(tl.floor(b_value), 1.0 - HALF), HALF - 1.0).to(tl.int32)
+            b_step = tl.where(m_unit, b_step, FLOOR)
+            if BLOCK == 1:
+                tile_max = tl.max(tl.max(b_step, 1), 0)
+            else:
+                tile_max = tl.max(b_step, 0)
+            b_code = tl.minimum(tile_max - b_step, BINS - 1)
+            tl.store(p_codes + tl.cast(i_tile, tl.int64) * UNITS + o_unit, b_code.to(tl.uint8), mask=m_unit)
+            tl.store(p_tile_max + i_tile, tile_max)
+            new_peak = tl.maximum(peak, tile_max)
+            # bins that the raised window takes over from steps that fell out of it
+            b_histogram = tl.where(new_peak - ((new_peak - o_bin) & (BINS - 1)) > peak, 0, b_histogram)
+            peak = new_peak
+            m_count = m_unit & (b_step > peak - (BINS - 1))
+            if COUNTING != "":
+                b_new, o_bin = tl.inline_asm_elementwise(
+                    COUNTING,
+                    CONSTRAINTS,
+                    [b_step & (BINS - 1), m_count.to(tl.int32)],
+                    dtype=(tl.int32, tl.int32),
+                    is_pure=False,
+                    pack=ELEMENTS,
+                )
+                b_histogram += b_new
+            elif BLOCK == 1:
+                b_bin = tl.reshape(b_step & (BINS - 1), [TILE])
+                b_histogram += tl.histogram(b_bin, BINS, mask=tl.reshape(m_count, [TILE]))
+            else:
+                b_histogram += tl.histogram(b_step & (BINS - 1), BINS, mask=m_count)
+        b_place = peak - ((peak - o_bin) & (BINS - 1))
+        m_place = (b_histogram > 0) & (b_place > peak - (BINS - 1))
+        tl.atomic_add(p_histogram + HALF + b_place, b_histogram, mask=m_place, sem="relaxed")
+        if COUNTING != "":
+            # scattered over the tile: bring the bins into order through memory
+            tl.store(p_sums + o_all, tl.zeros([BINS], dtype=tl.int32))
+            tl.debug_barrier()
+            tl.store(p_sums + o_bin, b_histogram, mask=o_bin >= 0)
+            tl.debug_barrier()
+            b_histogram = tl.load(p_sums + o_all)
+            tl.debug_barrier()
+        tl.store(p_sums + o_all, tl.cumsum(b_histogram, 0))
+        tl.store(p_peak, peak)
