@@ -1,7 +1,7 @@
 """`rtpurbo eval --ablate`: one setting at a time, from one calibration and one set of stored activations.
 
-Settings of the selection (p, floor, block, window) are changed on the default model; those of heads and index (ratio,
-index_dim, rotary, sharing, init) get indexers of their own, trained on the same data.
+Settings of the selection (p, floor, block, window) are changed on the default model; those of heads and index (heads,
+ratio, index_dim, rotary, sharing, init) get indexers of their own, trained on the same data.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .sources import BaseModel, load_base
 from .training.activation_cache import ActivationCache
 from .training.calibration import Calibration, calibrate
 from .training.data import documents_hash
+from .training.head_ranking import RULES
 from .training.indexer_arguments import IndexerTrainingArguments
 from .training.indexer_init import initialise_indexers
 from .training.indexer_trainer import IndexerTrainer
@@ -46,6 +47,7 @@ OVERRIDDEN: dict[str, tuple[float, ...]] = {
 }
 SELECTED: dict[str, tuple[str, ...]] = {"selector": ("topk:equal", "quest:equal", "oracle", "int8")}
 RETRAINED: dict[str, dict[str, dict[str, Any]]] = {
+    "heads": {rule: {"head_rule": rule} for rule in RULES},
     "ratio": {f"{ratio}": {"ratio": ratio} for ratio in (0.1, 0.15, 0.3)},
     # as many rotated dimensions as the default has, in proportion
     "index_dim": {f"{dim}": {"index_dim": dim} for dim in (4, 16, 32)},
@@ -90,11 +92,14 @@ def setups(names: Sequence[str], settings: Preset) -> list[Setup]:
         default += [parse_variant(selector) for selector in SELECTED.get(name, ())]
         for shown, fields in RETRAINED.get(name, {}).items():
             changed = _changed(settings, fields)
-            variant = replace(sparse, name=f"{name}={shown}")
+            variants = [replace(sparse, name=f"{name}={shown}")]
+            if name == "heads":
+                # what the choice costs without any index
+                variants.insert(0, replace(parse_variant("headwise"), name=f"headwise,{name}={shown}"))
             if changed == settings:
-                default.append(variant)
+                default += variants
             else:
-                further.append(Setup(changed, (variant,)))
+                further.append(Setup(changed, tuple(variants)))
     return [Setup(settings, tuple(default)), *further]
 
 
@@ -118,8 +123,9 @@ class _Trainer:
     def untrained(self, settings: Preset) -> RTPurboForCausalLM:
         """The base with the settings' heads, and indexers that know nothing yet."""
         calibration = self._calibration
-        if settings.ratio is not None:
-            calibration = calibration.select(settings.ratio)
+        # texts within the window show no damage, and any rule ranks them by score
+        rule = settings.head_rule if calibration.damage is not None else None
+        calibration = calibration.select(settings.ratio, rule=rule)
         model = wrap(self._source, settings)
         model.set_retrieval_heads([list(heads) for heads in calibration.retrieval_heads])
         return model
@@ -236,6 +242,6 @@ def _calibrated(path: Path, source: BaseModel, blocks: AdaptationData, settings:
     if path.exists():
         return Calibration.load(path)
     documents = list(blocks.calibration.input_ids)
-    calibration = calibrate(wrap(source, settings), documents, ratio=settings.ratio, seed=seed)
+    calibration = calibrate(wrap(source, settings), documents, ratio=settings.ratio, rule="damage", seed=seed)
     calibration.save(path)
     return calibration

@@ -134,7 +134,8 @@ def evaluate(
         data, split_seed, unseen: where the text comes from, see `held_out_documents`.
         base: the base model of adapters, in place of the one that they name, and its tokenizer; see
             `load_base`.
-        qa_data: file for task `qa`. harness: tasks of suite `lm-eval`, for `variants` and the base. device, dtype: of the models.
+        qa_data: file for task `qa`. harness: tasks of suite `lm-eval`.
+        device, dtype: of the models.
 
     Raises:
         ValueError: settings that do not fit together, too little text, or `output` holds results of other settings.
