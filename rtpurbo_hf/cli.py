@@ -166,8 +166,8 @@ def calibrate(
     rule: Annotated[
         HeadRule,
         typer.Option(
-            help="score: by needle score alone, as in the paper. damage: clear retrieval heads, then those whose "
-            "output changes most when they see sinks and window only."
+            help="score: by needle score alone, as in the paper. damage: heads that score no more than even attention "
+            "go last, by how much sinks and window alone change their output."
         ),
     ] = HeadRule.damage,
     window: Annotated[

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..modeling.families_rtpurbo import head_counts
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
-from .head_ranking import CLEAR, GRANULARITIES, RULES, Agreement, agreement, default_ratio, rank_heads
+from .head_ranking import GRANULARITIES, RULES, Agreement, agreement, default_ratio, rank_heads
 from .plots import plot_heads
 from .retrieval_scores import retrieval_scores
 from .window_damage import WindowDamage
@@ -64,8 +64,8 @@ class Calibration:
         document_hashes: SHA-256 of each document's token ids, before the needle. context: tokens in each document.
         agreement: how far documents agree on the ranking; None with a single document.
         model_name, model_revision: the base model.
-        rule: `"score"`, heads by their scores alone (the paper); `"damage"`, heads that clearly retrieve by their
-            scores, then the others by `damage`.
+        rule: `"score"`, heads by their scores alone (the paper); `"damage"`, heads that score more than even attention
+            by their scores, then the others by `damage`.
         damage: per layer, what each query head loses as a local head, see `window_damage`; None: not measured.
         window: the sliding window that damage was measured with.
         format_version: version of this record.
@@ -113,14 +113,14 @@ class Calibration:
             granularity=granularity,
             num_kv_heads=self.num_kv_heads,
             damage=self.damage if rule == "damage" else None,
-            clear=self.clear,
+            clear=self.even,
         )
         return dataclasses.replace(self, retrieval_heads=heads, ratio=ratio, granularity=granularity, rule=rule)
 
     @property
-    def clear(self) -> float:
-        """Scores above this are retrieval beyond doubt: four times what even attention gives to the needle."""
-        return CLEAR * len(self.needle.token_ids) * len(self.context) / sum(self.context)
+    def even(self) -> float:
+        """What even attention gives to the needle: who scores no more retrieves nothing, however far it looks."""
+        return len(self.needle.token_ids) * len(self.context) / sum(self.context)
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file; it appears whole or not at all."""
@@ -329,8 +329,9 @@ def calibrate(
         ratio: part of the heads to take. None: 0.15 (the paper), or all heads of a base whose own design leaves at
             most a quarter of its layers with full attention (Gemma 3).
         granularity: `"head"`, or `"kv_head"`: a KV group is taken or left as a whole, by the mean of its scores.
-        rule: `"score"`, the paper's: by needle score alone. `"damage"`: clear retrieval heads first, the others by what
-            they lose with the model's window and sinks on the documents' own text. Documents that are no longer than
+        rule: `"score"`, the paper's: by needle score alone. `"damage"`: those that score no more than
+            even attention would go last, by what they lose with the model's window and sinks on the documents' own
+            text. Documents that are no longer than
             the window show no loss, and are ranked by score.
         needle: token ids to repeat. None: 32 different tokens drawn from the documents by `seed`.
         needle_start: slot of the first copy; None: after 64 ordinary tokens.

@@ -14,8 +14,6 @@ from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 GRANULARITIES = ("head", "kv_head")
 RULES = ("score", "damage")
 PAPER_RATIO = 0.15
-# a needle score of so many times what even attention gives is clear
-CLEAR = 4.0
 _FEW_LAYERS = 0.25
 
 Scores = Sequence[Sequence[float]]
