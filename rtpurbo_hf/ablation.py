@@ -123,8 +123,10 @@ class _Trainer:
     def untrained(self, settings: Preset) -> RTPurboForCausalLM:
         """The base with the settings' heads, and indexers that know nothing yet."""
         calibration = self._calibration
-        # texts within the window show no damage, and any rule ranks them by score
-        rule = settings.head_rule if calibration.damage is not None else None
+        rule = settings.head_rule
+        if rule == "damage" and calibration.damage is None:
+            # texts within the window show none
+            rule = "score"
         calibration = calibration.select(settings.ratio, rule=rule)
         model = wrap(self._source, settings)
         model.set_retrieval_heads([list(heads) for heads in calibration.retrieval_heads])
@@ -242,6 +244,6 @@ def _calibrated(path: Path, source: BaseModel, blocks: AdaptationData, settings:
     if path.exists():
         return Calibration.load(path)
     documents = list(blocks.calibration.input_ids)
-    calibration = calibrate(wrap(source, settings), documents, ratio=settings.ratio, rule="damage", seed=seed)
+    calibration = calibrate(wrap(source, settings), documents, ratio=settings.ratio, seed=seed)
     calibration.save(path)
     return calibration

@@ -46,6 +46,7 @@ class Granularity(StrEnum):
 
 class HeadRule(StrEnum):
     score = "score"
+    even = "even"
     damage = "damage"
 
 
@@ -166,10 +167,10 @@ def calibrate(
     rule: Annotated[
         HeadRule,
         typer.Option(
-            help="score: by needle score alone, as in the paper. damage: heads that score no more than even attention "
-            "go last, by how much sinks and window alone change their output."
+            help="score: by needle score alone, as in the paper. even: without heads that score no more than even "
+            "attention. damage: these go last, by how much sinks and window alone change the hidden state."
         ),
-    ] = HeadRule.damage,
+    ] = HeadRule.score,
     window: Annotated[
         int | None, typer.Option(help="Sliding window to serve with.", show_default="a quarter of --context")
     ] = None,

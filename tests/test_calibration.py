@@ -88,7 +88,7 @@ def test_damage_is_the_change_of_the_hidden_state(family, chunk):
     slots = torch.arange(140 + 2, 200 - len(NEEDLE))
     expected = torch.stack([brute_force_damage(base, document, 140, 2, slots) for document in text]).mean(0)
     model = RTPurboForCausalLM.from_base(base, sliding_window=140, num_sink_tokens=2)
-    found = calibrate(model, text, needle=NEEDLE, ratio=0.5, chunk=chunk)
+    found = calibrate(model, text, needle=NEEDLE, ratio=0.5, rule="damage", chunk=chunk)
     assert (found.rule, found.window) == ("damage", 140)
     torch.testing.assert_close(torch.tensor(found.damage), expected, rtol=1e-4, atol=1e-7)
 
@@ -101,7 +101,7 @@ def test_a_local_head_has_no_damage_and_a_far_one_has():
     assert found.retrieval_heads == ((1,),)
     assert min(found.damage[0]) > 0
     whole = RTPurboForCausalLM.from_base(induction_base(), sliding_window=200)
-    wide = calibrate(whole, text, needle=NEEDLE, ratio=0.25)
+    wide = calibrate(whole, text, needle=NEEDLE, ratio=0.25, rule="damage")
     assert (wide.rule, wide.damage, wide.scores) == ("score", None, found.scores)
     with pytest.raises(ValueError, match="needs a calibration that measured it"):
         wide.select(rule="damage")
@@ -198,7 +198,7 @@ def test_clear_heads_come_first_then_those_that_lose_most():
         ((0.9, 0.02, 0.01, 0.0), (), (0.3, 0.0, 0.0, 0.0)),
         ((0.0, 0.1, 0.2, 0.3), (), (0.0, 0.5, 0.0, 0.4)),
     )
-    options = {"damage": damage, "clear": 0.05}
+    options = {"damage": damage, "above": 0.05}
     assert rank_heads(scores, 0.125, **options) == ((0,), (), ())
     assert rank_heads(scores, 0.25, **options) == ((0,), (), (0,))
     assert rank_heads(scores, 0.375, **options) == ((0,), (), (0, 1))
@@ -206,6 +206,10 @@ def test_clear_heads_come_first_then_those_that_lose_most():
     assert rank_heads(scores, 0.625) == ((0, 1, 2, 3), (), (0,))
     grouped = rank_heads(scores, 0.75, granularity="kv_head", num_kv_heads=2, **options)
     assert grouped == ((0, 1, 2, 3), (), (0, 1))
+    # without damage nothing follows, but one head is always there
+    assert rank_heads(scores, 0.625, above=0.05) == ((0,), (), (0,))
+    assert rank_heads(scores, 0.125, above=0.05) == ((0,), (), ())
+    assert rank_heads(scores, 0.625, above=0.95) == ((0,), (), ())
 
 
 def test_kv_head_granularity_takes_whole_groups():
@@ -267,7 +271,7 @@ def test_record_round_trip_and_selection(calibration, tmp_path):
 
 def test_rules_are_kept_and_changed_later(tmp_path):
     model = RTPurboForCausalLM.from_base(tiny_base("llama"), sliding_window=64)
-    found = calibrate(model, documents(3), ratio=0.5)
+    found = calibrate(model, documents(3), ratio=0.5, rule="damage")
     found.save(tmp_path / "calibration.json")
     again = Calibration.load(tmp_path / "calibration.json")
     assert again == found
@@ -275,6 +279,9 @@ def test_rules_are_kept_and_changed_later(tmp_path):
     assert by_score == calibrate(model, documents(3), ratio=0.5, rule="score")
     assert by_score.retrieval_heads == rank_heads(found.scores, 0.5)
     assert by_score.select(rule="damage") == found
+    even = found.select(rule="even")
+    assert found.even == pytest.approx(32 / 200)
+    assert even.retrieval_heads == rank_heads(found.scores, 0.5, above=32 / 200)
     with pytest.raises(ValueError, match="rule must be one of"):
         calibrate(model, documents(3), rule="luck")
     check_refused(found, tmp_path, {"damage": [[0.1] * 4] * 3}, "damage must be shaped like the scores")

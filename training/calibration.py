@@ -64,8 +64,8 @@ class Calibration:
         document_hashes: SHA-256 of each document's token ids, before the needle. context: tokens in each document.
         agreement: how far documents agree on the ranking; None with a single document.
         model_name, model_revision: the base model.
-        rule: `"score"`, heads by their scores alone (the paper); `"damage"`, heads that score more than even attention
-            by their scores, then the others by `damage`.
+        rule: `"score"`, heads by their scores alone (the paper); `"even"`, only those of them that score more than even
+            attention; `"damage"`, these, then the others by `damage`.
         damage: per layer, what each query head loses as a local head, see `window_damage`; None: not measured.
         window: the sliding window that damage was measured with.
         format_version: version of this record.
@@ -112,8 +112,8 @@ class Calibration:
             ratio,
             granularity=granularity,
             num_kv_heads=self.num_kv_heads,
+            above=None if rule == "score" else self.even,
             damage=self.damage if rule == "damage" else None,
-            clear=self.even,
         )
         return dataclasses.replace(self, retrieval_heads=heads, ratio=ratio, granularity=granularity, rule=rule)
 
@@ -314,7 +314,7 @@ def calibrate(
     *,
     ratio: float | None = None,
     granularity: str = "head",
-    rule: str = "damage",
+    rule: str = "score",
     needle: Sequence[int] | None = None,
     needle_start: int | None = None,
     needle_description: str | None = None,
@@ -329,9 +329,9 @@ def calibrate(
         ratio: part of the heads to take. None: 0.15 (the paper), or all heads of a base whose own design leaves at
             most a quarter of its layers with full attention (Gemma 3).
         granularity: `"head"`, or `"kv_head"`: a KV group is taken or left as a whole, by the mean of its scores.
-        rule: `"score"`, the paper's: by needle score alone. `"damage"`: those that score no more than
-            even attention would go last, by what they lose with the model's window and sinks on the documents' own
-            text. Documents that are no longer than
+        rule: `"score"`, the paper's: by needle score alone, up to the ratio. `"even"`: without those that score no more
+            than even attention would, so maybe fewer. `"damage"`: up to the ratio again, these last, by what they lose
+            with the model's window and sinks on the documents' own text. Documents that are no longer than
             the window show no loss, and are ranked by score.
         needle: token ids to repeat. None: 32 different tokens drawn from the documents by `seed`.
         needle_start: slot of the first copy; None: after 64 ordinary tokens.
