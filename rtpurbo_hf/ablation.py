@@ -90,12 +90,12 @@ def setups(names: Sequence[str], settings: Preset) -> list[Setup]:
             shown = int(value * settings.context) if name == "window" else value
             default.append(replace(parse_variant(f"sparse:{name}={shown}"), name=f"{name}={shown}"))
         default += [parse_variant(selector) for selector in SELECTED.get(name, ())]
-        for shown, fields in RETRAINED.get(name, {}).items():
+        for label, fields in RETRAINED.get(name, {}).items():
             changed = _changed(settings, fields)
-            variants = [replace(sparse, name=f"{name}={shown}")]
+            variants = [replace(sparse, name=f"{name}={label}")]
             if name == "heads":
                 # what the choice costs without any index
-                variants.insert(0, replace(parse_variant("headwise"), name=f"headwise,{name}={shown}"))
+                variants.insert(0, replace(parse_variant("headwise"), name=f"headwise,{name}={label}"))
             if changed == settings:
                 default += variants
             else:
@@ -123,11 +123,7 @@ class _Trainer:
     def untrained(self, settings: Preset) -> RTPurboForCausalLM:
         """The base with the settings' heads, and indexers that know nothing yet."""
         calibration = self._calibration
-        rule = settings.head_rule
-        if rule == "damage" and calibration.damage is None:
-            # texts within the window show none
-            rule = "score"
-        calibration = calibration.select(settings.ratio, rule=rule)
+        calibration = calibration.select(settings.ratio, rule=settings.head_rule)
         model = wrap(self._source, settings)
         model.set_retrieval_heads([list(heads) for heads in calibration.retrieval_heads])
         return model

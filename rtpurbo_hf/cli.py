@@ -47,7 +47,6 @@ class Granularity(StrEnum):
 class HeadRule(StrEnum):
     score = "score"
     even = "even"
-    damage = "damage"
 
 
 Stage2Rate = Annotated[
@@ -168,12 +167,9 @@ def calibrate(
         HeadRule,
         typer.Option(
             help="score: by needle score alone, as in the paper. even: without heads that score no more than even "
-            "attention. damage: these go last, by how much sinks and window alone change the hidden state."
+            "attention would, so maybe fewer than asked."
         ),
     ] = HeadRule.score,
-    window: Annotated[
-        int | None, typer.Option(help="Sliding window to serve with.", show_default="a quarter of --context")
-    ] = None,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -193,9 +189,7 @@ def calibrate(
     source = load_base(base, dtype=dtype_named(dtype, device), device=device)
     texts = load_texts(data or "system", min_chars=2 * context, seed=seed, limit=50 * documents)
     blocks = pack_documents(texts, source.tokenizer, context, blocks_per_document=1, limit=documents, seed=seed)
-    model = RTPurboForCausalLM.from_base(
-        source.model, base_model_revision=source.revision, sliding_window=window or max(context // 4, 1)
-    )
+    model = RTPurboForCausalLM.from_base(source.model, base_model_revision=source.revision)
     found = run(model, list(blocks.input_ids), ratio=ratio, granularity=granularity.value, rule=rule.value, seed=seed)
     output.mkdir(parents=True, exist_ok=True)
     found.save(target)

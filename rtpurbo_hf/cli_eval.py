@@ -78,7 +78,7 @@ def evaluate(
     learning_rate: Annotated[float | None, typer.Option(help="With --ablate, stage-1 learning rate.")] = None,
     ratio: Annotated[float | None, typer.Option(help="With --ablate, part of the query heads that retrieve.")] = None,
     head_rule: Annotated[
-        str | None, typer.Option(help="With --ablate, score, even or damage: how retrieval heads are chosen.")
+        str | None, typer.Option(help="With --ablate, score or even: how retrieval heads are chosen.")
     ] = None,
     index_dim: Annotated[int | None, typer.Option(help="With --ablate, index dimensions.")] = None,
     index_rotary_dim: Annotated[int | None, typer.Option(help="With --ablate, rotated ones of them.")] = None,

@@ -13,7 +13,7 @@ class Preset:
         context: tokens in a training block, and the length to serve.
         sliding_window, num_sink_tokens: what local heads see.
         ratio: part of all query heads that become retrieval heads; None: see `training.calibration.calibrate`.
-        head_rule: `"score"`, `"even"` or `"damage"`, see `training.calibration.calibrate`.
+        head_rule: `"score"` or `"even"`, see `training.calibration.calibrate`.
         index_dim, index_rotary_dim, index_top_p, index_min_tokens, index_block_size, index_key_sharing: the index.
         calibration_documents: blocks of text that heads are ranked on.
         train_blocks: blocks of the training set. needle_share: part of them with key-value needles.

@@ -455,8 +455,7 @@ def test_setups_train_only_what_differs():
     heads = setups(("heads",), preset("demo", context=1024))
     assert [v.name for v in heads[0].variants[3:]] == ["headwise,heads=score", "heads=score"]
     assert [(s.settings.head_rule, [v.mode for v in s.variants]) for s in heads[1:]] == [
-        ("even", ["headwise", "sparse"]),
-        ("damage", ["headwise", "sparse"]),
+        ("even", ["headwise", "sparse"])
     ]
     small = setups(("index_dim",), preset("demo", index_dim=16, index_rotary_dim=4))[1].settings
     assert (small.index_dim, small.index_rotary_dim) == (4, 2)
@@ -480,16 +479,15 @@ def test_ablation_trains_scores_and_resumes(checkpoint, tmp_path, monkeypatch):
     found = ablate(str(tmp_path / "base"), tmp_path / "out", plan, **given)
     assert [path.name for path in found.files] == ["ablation.json", "ablation.md", "ablation.png"]
     kl = {row.variant: row.value for row in found.rows if row.task == "kl"}
-    rules = {f"{kind}heads={rule}" for kind in ("", "headwise,") for rule in ("score", "even", "damage")}
+    rules = {f"{kind}heads={rule}" for kind in ("", "headwise,") for rule in ("score", "even")}
     assert set(kl) == {"dense", "headwise", "default", "init=svd", "init=random"} | rules | {
         f"p={p}" for p in (0.8, 0.85, 0.9, 0.95, 0.99)
     }
     assert kl["dense"] == 0
     assert kl["default"] == kl["init=svd"] == kl["heads=score"] != kl["init=random"]
     calibration = Calibration.load(tmp_path / "out" / "calibration.json")
-    for rule in ("even", "damage"):
-        changed = calibration.retrieval_heads != calibration.select(rule=rule).retrieval_heads
-        assert (kl["headwise"] != kl[f"headwise,heads={rule}"]) == changed
+    changed = calibration.retrieval_heads != calibration.select(rule="even").retrieval_heads
+    assert (kl["headwise"] != kl["headwise,heads=even"]) == changed
     tokens = {row.variant: row.value for row in found.rows if row.task == "text/active_tokens"}
     assert tokens["p=0.8"] < tokens["p=0.9"] == tokens["default"] < tokens["p=0.99"]
     assert all(row.delta is not None for row in found.rows if row.task == "kl" and row.variant != "dense")

@@ -26,7 +26,6 @@ from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from .head_ranking import GRANULARITIES, RULES, Agreement, agreement, default_ratio, rank_heads
 from .plots import plot_heads
 from .retrieval_scores import retrieval_scores
-from .window_damage import WindowDamage
 
 __all__ = ["MIN_PREFIX", "Calibration", "Needle", "calibrate", "draw_needle", "place_needle", "plot_heads"]
 
@@ -65,9 +64,7 @@ class Calibration:
         agreement: how far documents agree on the ranking; None with a single document.
         model_name, model_revision: the base model.
         rule: `"score"`, heads by their scores alone (the paper); `"even"`, only those of them that score more than even
-            attention; `"damage"`, these, then the others by `damage`.
-        damage: per layer, what each query head loses as a local head, see `window_damage`; None: not measured.
-        window: the sliding window that damage was measured with.
+            attention.
         format_version: version of this record.
     """
 
@@ -85,8 +82,6 @@ class Calibration:
     model_name: str | None = None
     model_revision: str | None = None
     rule: str = "score"
-    damage: Scores | None = None
-    window: int | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -98,22 +93,18 @@ class Calibration:
         """The same scores, other heads; what is None stays as it is.
 
         Raises:
-            ValueError: ratio outside (0, 1], an unknown granularity or rule, or rule `"damage"` where no damage was
-                measured.
+            ValueError: ratio outside (0, 1], or an unknown granularity or rule.
         """
         ratio = self.ratio if ratio is None else ratio
         granularity = self.granularity if granularity is None else granularity
         rule = self.rule if rule is None else rule
         _need(rule in RULES, "rule", f"one of {RULES}", rule)
-        if rule == "damage" and self.damage is None:
-            raise ValueError("rule 'damage' needs a calibration that measured it, this one did not: calibrate again")
         heads = rank_heads(
             self.scores,
             ratio,
             granularity=granularity,
             num_kv_heads=self.num_kv_heads,
             above=None if rule == "score" else self.even,
-            damage=self.damage if rule == "damage" else None,
         )
         return dataclasses.replace(self, retrieval_heads=heads, ratio=ratio, granularity=granularity, rule=rule)
 
@@ -156,10 +147,8 @@ def _from_json(record: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"format_version {version} is newer than this code, which reads up to {FORMAT_VERSION}")
     fields = _known_fields(Calibration, record, "")
     values = {**record}
-    for name in ("scores", "retrieval_heads", "positions", "damage"):
-        rows = values.get(name)
-        if rows is None and name == "damage":
-            continue
+    for name in ("scores", "retrieval_heads", "positions"):
+        rows = values[name]
         _need(isinstance(rows, list) and all(isinstance(row, list) for row in rows), name, "a list of lists", rows)
         values[name] = tuple(map(tuple, rows))
     for name in ("document_hashes", "context"):
@@ -222,13 +211,6 @@ def _check(record: Calibration) -> None:
     kv = record.num_kv_heads
     _need(_whole(kv) and kv >= 1 and width % kv == 0, "num_kv_heads", f"a divisor of {width}", kv)
     _need(record.rule in RULES, "rule", f"one of {RULES}", record.rule)
-    if record.damage is not None:
-        shapes = [len(row) for row in record.damage], [len(row) for row in scores]
-        _need(shapes[0] == shapes[1], "damage", f"shaped like the scores, {shapes[1]}", shapes[0])
-        bad = [d for row in record.damage for d in row if not _number(d) or d < 0]
-        _need(not bad, "damage", "finite numbers of at least 0", bad[:1])
-    window = record.window
-    _need(window is None or (_whole(window) and window >= 1), "window", "a positive integer or null", window)
     _need(_whole(record.seed), "seed", "an integer", record.seed)
     ids = record.needle.token_ids
     _need(bool(ids) and all(_whole(t) and t >= 0 for t in ids), "needle.token_ids", "token ids", ids)
@@ -330,9 +312,7 @@ def calibrate(
             most a quarter of its layers with full attention (Gemma 3).
         granularity: `"head"`, or `"kv_head"`: a KV group is taken or left as a whole, by the mean of its scores.
         rule: `"score"`, the paper's: by needle score alone, up to the ratio. `"even"`: without those that score no more
-            than even attention would, so maybe fewer. `"damage"`: up to the ratio again, these last, by what they lose
-            with the model's window and sinks on the documents' own text. Documents that are no longer than
-            the window show no loss, and are ranked by score.
+            than even attention would, so maybe fewer.
         needle: token ids to repeat. None: 32 different tokens drawn from the documents by `seed`.
         needle_start: slot of the first copy; None: after 64 ordinary tokens.
         needle_description: for the record.
@@ -362,21 +342,16 @@ def calibrate(
     placed = [place_needle(document, needle, first, special=special) for document in ids]
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     per_document: list[Scores] = []
-    damages: list[Scores] = []
     for document, where in tqdm(placed, desc="calibrate", unit="doc"):
-        damage = WindowDamage(model, document.numel(), last=where[2])
-        found = retrieval_scores(model, document, span=slice(*where[:2]), rows=len(needle), chunk=chunk, damage=damage)
+        found = retrieval_scores(model, document, span=slice(*where[:2]), rows=len(needle), chunk=chunk)
         per_document.append(tuple(tuple(found.get(layer, ())) for layer in range(layers)))
-        lost = damage.by_layer()
-        if lost:
-            damages.append(tuple(tuple(lost.get(layer, ())) for layer in range(layers)))
-    mean = _mean(per_document)
+    mean = tuple(
+        tuple(sum(values) / len(values) for values in zip(*rows, strict=True))
+        for rows in zip(*per_document, strict=True)
+    )
     bad = [layer for layer, row in enumerate(mean) if not all(map(math.isfinite, row))]
     if bad:
         raise ValueError(f"retrieval scores of layer {bad[0]} are not finite: check the model's weights and dtype")
-    if rule == "damage" and not damages:
-        logger.info("documents are no longer than the window of %d: ranked by score", model.config.sliding_window)
-        rule = "score"
     heads = rank_heads(mean, ratio, granularity=granularity, num_kv_heads=num_kv_heads)
     result = Calibration(
         scores=mean,
@@ -392,18 +367,9 @@ def calibrate(
         agreement=agreement(per_document, sum(map(len, heads))) if len(ids) > 1 else None,
         model_name=model.config.base_model_name_or_path,
         model_revision=model.config.base_model_revision,
-        damage=_mean(damages) if damages else None,
-        window=model.config.sliding_window if damages else None,
     ).select(rule=rule)
     logger.info("%d of %d heads retrieve; %s", sum(map(len, heads)), sum(map(len, mean)), result.agreement)
     return result
-
-
-def _mean(per_document: Sequence[Scores]) -> Scores:
-    return tuple(
-        tuple(sum(values) / len(values) for values in zip(*rows, strict=True))
-        for rows in zip(*per_document, strict=True)
-    )
 
 
 def _token_ids(document: torch.Tensor | Sequence[int], index: int) -> torch.Tensor:

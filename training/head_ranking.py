@@ -12,7 +12,7 @@ from ..modeling.families_rtpurbo import full_attention_modules
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 
 GRANULARITIES = ("head", "kv_head")
-RULES = ("score", "even", "damage")
+RULES = ("score", "even")
 PAPER_RATIO = 0.15
 _FEW_LAYERS = 0.25
 
@@ -48,7 +48,6 @@ def rank_heads(
     *,
     granularity: str = "head",
     num_kv_heads: int | None = None,
-    damage: Scores | None = None,
     above: float | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """Per layer, the heads with the highest scores of the whole model; ties go to the earlier layer and head.
@@ -60,7 +59,6 @@ def rank_heads(
         num_kv_heads: KV heads of a layer, for `"kv_head"`.
         above: only heads (or groups, by their best head) whose score is above this are taken, so there may be fewer
             than `ratio` asks for, but never none; None: all may be.
-        damage: with `above`, the others follow after all, by their damage, see `window_damage`; shaped like `scores`.
 
     Raises:
         ValueError: ratio outside (0, 1], unknown granularity, or `"kv_head"` without a fitting `num_kv_heads`.
@@ -80,12 +78,10 @@ def rank_heads(
             size = len(row) // num_kv_heads
         for first in range(0, len(row), size):
             members = tuple(range(first, first + size))
-            last = above is not None and max(row[h] for h in members) <= above
-            values = damage[layer] if last and damage is not None else row
-            groups.append((last, -sum(values[h] for h in members) / size, layer, members))
+            low = above is not None and max(row[h] for h in members) <= above
+            groups.append((low, -sum(row[h] for h in members) / size, layer, members))
     groups.sort()
-    if above is not None and damage is None:
-        groups = [group for group in groups if not group[0]] or groups[:1]
+    groups = [group for group in groups if not group[0]] or groups[:1]
     chosen: list[list[int]] = [[] for _ in scores]
     taken = 0
     for *_, layer, members in groups:

@@ -7,7 +7,6 @@ Only the needle's rows are ever scored, against the keys in pieces: memory grows
 
 from __future__ import annotations
 
-import contextlib
 from itertools import pairwise
 
 import torch
@@ -15,7 +14,6 @@ import torch
 from ..kernels.common import soft_cap
 from ..modeling.attention_rtpurbo import AttentionInputs
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
-from .window_damage import WindowDamage
 
 _BUDGET = 1 << 24
 
@@ -60,27 +58,19 @@ def span_mass(
 
 
 class _Scores:
-    """Observer that scores each converted layer once the needle's second copy has arrived, and damage on the way."""
+    """Observer that scores each converted layer once the needle's second copy has arrived."""
 
-    def __init__(self, span: slice, rows: int, length: int, cache, damage: WindowDamage | None):
-        self.span, self.rows, self.length, self.cache, self.damage = span, rows, length, cache, damage
+    def __init__(self, span: slice, rows: int, length: int, cache):
+        self.span, self.rows, self.length, self.cache = span, rows, length, cache
         self.by_layer: dict[int, list[float]] = {}
 
     def __call__(self, inputs: AttentionInputs) -> None:
-        stored = None if self.cache is None else self.cache.layers[inputs.layer_idx]
-        past = 0 if stored is None else stored.length
-        total = past + inputs.key.shape[2]
-        damage = self.damage if self.damage is not None and self.damage.wants(past, total) else None
-        if total < self.length and damage is None:
+        past = 0 if self.cache is None else self.cache.layers[inputs.layer_idx].length
+        if past + inputs.key.shape[2] < self.length:
             return
-        key, value = inputs.key, inputs.value
-        if stored is not None and past:
-            key = torch.cat([stored.keys[:, :, :past], key], 2)
-            value = torch.cat([stored.values[:, :, :past], value], 2)
-        if damage is not None:
-            damage.add(inputs, key, value)
-        if total < self.length:
-            return
+        key = inputs.key
+        if past:
+            key = torch.cat([self.cache.layers[inputs.layer_idx].keys[:, :, :past], key], 2)
         mass = span_mass(
             inputs.query[:, :, -self.rows :],
             key,
@@ -94,13 +84,7 @@ class _Scores:
 
 @torch.no_grad()
 def retrieval_scores(
-    model: RTPurboForCausalLM,
-    input_ids: torch.Tensor,
-    *,
-    span: slice,
-    rows: int,
-    chunk: int | None = None,
-    damage: WindowDamage | None = None,
+    model: RTPurboForCausalLM, input_ids: torch.Tensor, *, span: slice, rows: int, chunk: int | None = None
 ) -> dict[int, list[float]]:
     """Scores of all heads of each full-attention layer for one document, by layer index.
 
@@ -108,15 +92,13 @@ def retrieval_scores(
         input_ids: int64 `[N]`; its last `rows` tokens repeat those of `span`.
         chunk: tokens of a forward; None takes the document in one. Pieces keep a dense cache, and need less memory
             for everything else.
-        damage: filled in the same forward.
     """
     ids = input_ids[None].to(model.device)
     length = ids.shape[1]
     step = length if chunk is None else max(chunk, rows)
-    watching = contextlib.nullcontext() if damage is None else damage.watching()
-    with model.attention_mode("dense"), watching:
+    with model.attention_mode("dense"):
         cache = None if step >= length else model.new_cache()
-        observer = _Scores(span, rows, length, cache, damage)
+        observer = _Scores(span, rows, length, cache)
         if cache is None:
             model(ids, observer=observer, use_cache=False, logits_to_keep=1)
         else:
