@@ -1,7 +1,7 @@
 """`rtpurbo eval --ablate`: one setting at a time, from one calibration and one set of stored activations.
 
-Settings of the selection (p, floor, block, window) are changed on the default model; those of heads and index (ratio,
-index_dim, rotary, sharing, init) get indexers of their own, trained on the same data.
+Settings of the selection (p, floor, block, window) are changed on the default model; those of heads and index (heads,
+ratio, index_dim, rotary, sharing, init) get indexers of their own, trained on the same data.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .sources import BaseModel, load_base
 from .training.activation_cache import ActivationCache
 from .training.calibration import Calibration, calibrate
 from .training.data import documents_hash
+from .training.head_ranking import RULES
 from .training.indexer_arguments import IndexerTrainingArguments
 from .training.indexer_init import initialise_indexers
 from .training.indexer_trainer import IndexerTrainer
@@ -46,6 +47,7 @@ OVERRIDDEN: dict[str, tuple[float, ...]] = {
 }
 SELECTED: dict[str, tuple[str, ...]] = {"selector": ("topk:equal", "quest:equal", "oracle", "int8")}
 RETRAINED: dict[str, dict[str, dict[str, Any]]] = {
+    "heads": {rule: {"head_rule": rule} for rule in RULES},
     "ratio": {f"{ratio}": {"ratio": ratio} for ratio in (0.1, 0.15, 0.3)},
     # as many rotated dimensions as the default has, in proportion
     "index_dim": {f"{dim}": {"index_dim": dim} for dim in (4, 16, 32)},
@@ -88,13 +90,16 @@ def setups(names: Sequence[str], settings: Preset) -> list[Setup]:
             number = int(value * settings.context) if name == "window" else value
             default.append(replace(parse_variant(f"sparse:{name}={number}"), name=f"{name}={number}"))
         default += [parse_variant(selector) for selector in SELECTED.get(name, ())]
-        for shown, fields in RETRAINED.get(name, {}).items():
+        for label, fields in RETRAINED.get(name, {}).items():
             changed = _changed(settings, fields)
-            variant = replace(sparse, name=f"{name}={shown}")
+            variants = [replace(sparse, name=f"{name}={label}")]
+            if name == "heads":
+                # what the choice costs without any index
+                variants.insert(0, replace(parse_variant("headwise"), name=f"headwise,{name}={label}"))
             if changed == settings:
-                default.append(variant)
+                default += variants
             else:
-                further.append(Setup(changed, (variant,)))
+                further.append(Setup(changed, tuple(variants)))
     return [Setup(settings, tuple(default)), *further]
 
 
@@ -118,8 +123,7 @@ class _Trainer:
     def untrained(self, settings: Preset) -> RTPurboForCausalLM:
         """The base with the settings' heads, and indexers that know nothing yet."""
         calibration = self._calibration
-        if settings.ratio is not None:
-            calibration = calibration.select(settings.ratio)
+        calibration = calibration.select(settings.ratio, rule=settings.head_rule)
         model = wrap(self._source, settings)
         model.set_retrieval_heads([list(heads) for heads in calibration.retrieval_heads])
         return model

@@ -255,7 +255,7 @@ def _calibration(output: Path, model, blocks: AdaptationData, settings: Preset, 
         logger.info("%s: calibration of the interrupted run", path)
         return Calibration.load(path)
     documents = list(blocks.calibration.input_ids)
-    calibration = calibrate(model, documents, ratio=settings.ratio, seed=seed)
+    calibration = calibrate(model, documents, ratio=settings.ratio, rule=settings.head_rule, seed=seed)
     calibration.save(path)
     return calibration
 

@@ -44,6 +44,11 @@ class Granularity(StrEnum):
     kv_head = "kv_head"
 
 
+class HeadRule(StrEnum):
+    score = "score"
+    even = "even"
+
+
 Stage2Rate = Annotated[
     float | None, typer.Option(help="Stage-2 learning rate.", show_default="3e-6, or 1e-4 for a LoRA")
 ]
@@ -79,6 +84,9 @@ def adapt(
     context: Annotated[int | None, typer.Option(help="Tokens in a block, and the length to serve.")] = None,
     window: Annotated[int | None, typer.Option(help="Sliding window of local heads.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Part of the query heads that retrieve.")] = None,
+    head_rule: Annotated[
+        HeadRule | None, typer.Option(help="How heads are chosen, see calibrate.", show_default="the preset's")
+    ] = None,
     index_dim: Annotated[int | None, typer.Option(help="Index dimensions.")] = None,
     index_rotary_dim: Annotated[int | None, typer.Option(help="How many of them are rotated.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Attention mass to select.")] = None,
@@ -130,6 +138,7 @@ def adapt(
         context=context,
         sliding_window=window,
         ratio=ratio,
+        head_rule=None if head_rule is None else head_rule.value,
         index_dim=index_dim,
         index_rotary_dim=index_rotary_dim,
         index_top_p=top_p,
@@ -168,6 +177,13 @@ def calibrate(
         float | None, typer.Option(help="Part of the query heads that retrieve.", show_default="0.15, or all if few")
     ] = None,
     granularity: Annotated[Granularity, typer.Option(help="Take single heads, or whole KV groups.")] = Granularity.head,
+    rule: Annotated[
+        HeadRule,
+        typer.Option(
+            help="score: by needle score alone, as in the paper. even: without heads that score no more than even "
+            "attention would, so maybe fewer than asked."
+        ),
+    ] = HeadRule.score,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -188,7 +204,7 @@ def calibrate(
     texts = load_texts(data or "system", min_chars=2 * context, seed=seed, limit=50 * documents)
     blocks = pack_documents(texts, source.tokenizer, context, blocks_per_document=1, limit=documents, seed=seed)
     model = RTPurboForCausalLM.from_base(source.model, base_model_revision=source.revision)
-    found = run(model, list(blocks.input_ids), ratio=ratio, granularity=granularity.value, seed=seed)
+    found = run(model, list(blocks.input_ids), ratio=ratio, granularity=granularity.value, rule=rule.value, seed=seed)
     output.mkdir(parents=True, exist_ok=True)
     found.save(target)
     plot_heads(found, output / "heads.png")

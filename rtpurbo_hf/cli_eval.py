@@ -67,9 +67,9 @@ def evaluate(
     ablate: Annotated[
         str | None,
         typer.Option(
-            help="Adapt a base model with one setting changed at a time, by comma: ratio, index_dim, rotary, split, "
-            "sharing, init, learning_rate, steps (trained anew), p, floor, block, window, selector. Trains at the "
-            "longest of --lengths."
+            help="Adapt a base model with one setting changed at a time, by comma: heads, ratio, index_dim, rotary, "
+            "split, sharing, init, learning_rate, steps (trained anew), p, floor, block, window, selector. Trains at "
+            "the longest of --lengths."
         ),
     ] = None,
     preset: Annotated[str, typer.Option(help="With --ablate, settings to start from: default, paper or demo.")] = (
@@ -82,6 +82,9 @@ def evaluate(
     train_blocks: Annotated[int | None, typer.Option(help="With --ablate, blocks in the training set.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="With --ablate, stage-1 learning rate.")] = None,
     ratio: Annotated[float | None, typer.Option(help="With --ablate, part of the query heads that retrieve.")] = None,
+    head_rule: Annotated[
+        str | None, typer.Option(help="With --ablate, score or even: how retrieval heads are chosen.")
+    ] = None,
     index_dim: Annotated[int | None, typer.Option(help="With --ablate, index dimensions.")] = None,
     index_rotary_dim: Annotated[int | None, typer.Option(help="With --ablate, rotated ones of them.")] = None,
     min_tokens: Annotated[int | None, typer.Option(help="With --ablate, floor on the selected tokens.")] = None,
@@ -167,6 +170,7 @@ def evaluate(
             train_blocks=train_blocks,
             learning_rate=learning_rate,
             ratio=ratio,
+            head_rule=head_rule,
             index_dim=index_dim,
             index_rotary_dim=index_rotary_dim,
             index_min_tokens=min_tokens,

@@ -16,6 +16,7 @@ class Preset:
         context: tokens in a training block, and the length to serve.
         sliding_window, num_sink_tokens: what local heads see.
         ratio: part of all query heads that become retrieval heads; None: see `training.calibration.calibrate`.
+        head_rule: `"score"` or `"even"`, see `training.calibration.calibrate`.
         index_dim, index_rotary_dim, index_top_p, index_min_tokens, index_block_size, index_key_sharing: the index.
         calibration_documents: blocks of text that heads are ranked on.
         train_blocks: blocks of the training set. needle_share: part of them with key-value needles.
@@ -30,6 +31,7 @@ class Preset:
     sliding_window: int = 8192
     num_sink_tokens: int = 4
     ratio: float | None = None
+    head_rule: str = "score"
     index_dim: int = 32
     index_rotary_dim: int = 16
     index_top_p: float = 0.9
@@ -63,6 +65,7 @@ PRESETS = {
         DEFAULT,
         context=49152,
         ratio=0.15,
+        head_rule="score",
         index_dim=16,
         index_rotary_dim=0,
         index_min_tokens=0,

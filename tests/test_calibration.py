@@ -132,6 +132,17 @@ def test_ranking_is_stable_and_over_the_whole_model():
     assert rank_heads(scores, 0.01) == ((), (), (1,))
 
 
+def test_heads_that_score_too_little_are_not_taken():
+    scores = ((0.9, 0.02, 0.01, 0.0), (), (0.3, 0.0, 0.0, 0.0))
+    assert rank_heads(scores, 0.625) == ((0, 1, 2, 3), (), (0,))
+    assert rank_heads(scores, 0.625, above=0.05) == ((0,), (), (0,))
+    assert rank_heads(scores, 0.125, above=0.05) == ((0,), (), ())
+    # one head is always there
+    assert rank_heads(scores, 0.625, above=0.95) == ((0,), (), ())
+    # a group goes by its best head
+    assert rank_heads(scores, 1.0, granularity="kv_head", num_kv_heads=2, above=0.05) == ((0, 1), (), (0, 1))
+
+
 def test_kv_head_granularity_takes_whole_groups():
     scores = ((0.5, 0.5, 0.1, 0.5), (0.0, 0.9, 0.0, 0.0))
     assert rank_heads(scores, 0.5, granularity="kv_head", num_kv_heads=2) == ((0, 1), (0, 1))
@@ -189,6 +200,27 @@ def test_record_round_trip_and_selection(calibration, tmp_path):
     assert -1 <= again.agreement.rank_correlation_min <= again.agreement.rank_correlation <= 1
 
 
+def test_rules_are_kept_and_changed_later(tmp_path):
+    """Uniform heads score what even attention gives, and the planted one more."""
+    text = [torch.where(torch.isin(d, torch.tensor(NEEDLE)), 3, d) for d in documents()]
+    model = RTPurboForCausalLM.from_base(induction_base())
+    found = calibrate(model, text, needle=NEEDLE, ratio=0.75, rule="even")
+    found.save(tmp_path / "calibration.json")
+    again = Calibration.load(tmp_path / "calibration.json")
+    assert again == found
+    assert again.even == pytest.approx(len(NEEDLE) / 200)
+    by_score = again.select(rule="score")
+    assert by_score == calibrate(model, text, needle=NEEDLE, ratio=0.75)
+    assert sum(map(len, by_score.retrieval_heads)) == 3
+    assert by_score.select(rule="even") == found
+    assert found.retrieval_heads == rank_heads(found.scores, 0.75, above=found.even)
+    with pytest.raises(ValueError, match="rule must be one of"):
+        calibrate(model, text, needle=NEEDLE, rule="luck")
+    with pytest.raises(ValueError, match="rule must be one of"):
+        found.select(rule="luck")
+    check_refused(found, tmp_path, {"rule": "luck"}, "rule must be one of")
+
+
 def test_needle_and_scores_depend_on_the_seed_only(calibration):
     model = RTPurboForCausalLM.from_base(tiny_base("llama"))
     assert calibrate(model, documents(3), ratio=0.3, seed=4).scores == calibration.scores
@@ -228,7 +260,7 @@ def test_broken_scores_are_refused(calibration, tmp_path, case):
         ({"positions": [[1, 2, 3, 4]]}, "positions"),
         ({"agreement": {"overlap": 1}}, "'agreement.overlap_min' is missing|agreement"),
         ({"model_name": 3}, "model_name"),
-        ({"format_version": 2}, "format_version 2 is newer"),
+        ({"format_version": 3}, "format_version 3 is newer"),
         ({"format_version": None}, "format_version"),
         ({"surprise": 1}, "'surprise' is unknown"),
     ],

@@ -26,6 +26,7 @@ from rtpurbo_hf.evaluation.suites import Plan
 from rtpurbo_hf.evaluation.tasks import generate
 from rtpurbo_hf.evaluation.variants import parse_variant, parse_variants
 from rtpurbo_hf.presets import preset
+from rtpurbo_hf.training.calibration import Calibration
 from rtpurbo_hf.training.corpora import python_sources
 from rtpurbo_hf.training.data import load_texts
 
@@ -122,6 +123,7 @@ def test_bootstrap_refuses_other_shapes():
         ("topk", "expected a number"),
         ("oracle:3", "expected oracle:a p below 1"),
         ("int8:64", "int8 takes no budget"),
+        ("headwise:prefill=sparse", "headwise has no setting 'prefill'"),
         ("quest:0", "expected quest:"),
         (" , ", "no variant was given"),
     ],
@@ -486,6 +488,11 @@ def test_setups_train_only_what_differs():
     assert [v.name for v in split[0].variants[3:]] == ["split=12+4", "topk:equal", "quest:equal", "oracle", "int8"]
     shapes = [(s.settings.index_dim, s.settings.index_rotary_dim) for s in split[1:]]
     assert shapes == [(16, 0), (16, 8), (32, 8), (32, 16)]
+    heads = setups(("heads",), preset("demo", context=1024))
+    assert [v.name for v in heads[0].variants[3:]] == ["headwise,heads=score", "heads=score"]
+    assert [(s.settings.head_rule, [v.mode for v in s.variants]) for s in heads[1:]] == [
+        ("even", ["headwise", "sparse"])
+    ]
     small = setups(("index_dim",), preset("demo", index_dim=16, index_rotary_dim=4))[1].settings
     assert (small.index_dim, small.index_rotary_dim) == (4, 2)
     with pytest.raises(ValueError, match="no ablation speed"):
@@ -499,15 +506,24 @@ def test_ablation_trains_scores_and_resumes(checkpoint, tmp_path, monkeypatch):
     changes = {"sliding_window": 64, "steps": 3, "train_blocks": 3, "warmup_steps": 1, "index_min_tokens": 8}
     settings = preset("demo", context=640, ratio=0.25, eval_blocks=2, eval_prompts=2, **changes)
     plan = small_plan(suites=("ppl", "sparsity"), lengths=(640,))
-    given = {"names": ("init", "p"), "settings": settings, "data": str(checkpoint / "texts"), "progress": False}
+    given = {
+        "names": ("init", "p", "heads"),
+        "settings": settings,
+        "data": str(checkpoint / "texts"),
+        "progress": False,
+    }
     found = ablate(str(tmp_path / "base"), tmp_path / "out", plan, **given)
     assert [path.name for path in found.files] == ["ablation.json", "ablation.md", "ablation.png"]
     kl = {row.variant: row.value for row in found.rows if row.task == "kl"}
-    assert set(kl) == {"dense", "headwise", "default", "init=svd", "init=random"} | {
+    rules = {f"{kind}heads={rule}" for kind in ("", "headwise,") for rule in ("score", "even")}
+    assert set(kl) == {"dense", "headwise", "default", "init=svd", "init=random"} | rules | {
         f"p={p}" for p in (0.8, 0.85, 0.9, 0.95, 0.99)
     }
     assert kl["dense"] == 0
-    assert kl["default"] == kl["init=svd"] != kl["init=random"]
+    assert kl["default"] == kl["init=svd"] == kl["heads=score"] != kl["init=random"]
+    calibration = Calibration.load(tmp_path / "out" / "calibration.json")
+    changed = calibration.retrieval_heads != calibration.select(rule="even").retrieval_heads
+    assert (kl["headwise"] != kl["headwise,heads=even"]) == changed
     tokens = {row.variant: row.value for row in found.rows if row.task == "text/active_tokens"}
     assert tokens["p=0.8"] < tokens["p=0.9"] == tokens["default"] < tokens["p=0.99"]
     assert all(row.delta is not None for row in found.rows if row.task == "kl" and row.variant != "dense")
@@ -519,6 +535,7 @@ def test_ablation_trains_scores_and_resumes(checkpoint, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (("--ablate", "speed"), "no ablation speed"),
+        (("--suite", "ppl", "--variants", "sparse:prefill=fast"), "retrieval_prefill must be"),
         (("--suite", "speed"), "no suite speed"),
         (("--variants", "sparser"), "no variant 'sparser'"),
         (("--suite", "ruler", "--variants", "oracle"), "name them in --emulated"),

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..modeling.families_rtpurbo import head_counts
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
-from .head_ranking import GRANULARITIES, Agreement, agreement, default_ratio, rank_heads
+from .head_ranking import GRANULARITIES, RULES, Agreement, agreement, default_ratio, rank_heads
 from .plots import plot_heads
 from .retrieval_scores import retrieval_scores
 
@@ -31,7 +31,7 @@ __all__ = ["MIN_PREFIX", "Calibration", "Needle", "calibrate", "draw_needle", "p
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MIN_PREFIX = 64
 _NEEDLE_LENGTH = 32
 
@@ -63,6 +63,8 @@ class Calibration:
         document_hashes: SHA-256 of each document's token ids, before the needle. context: tokens in each document.
         agreement: how far documents agree on the ranking; None with a single document.
         model_name, model_revision: the base model.
+        rule: `"score"`, heads by their scores alone (the paper); `"even"`, only those of them that score more than even
+            attention.
         format_version: version of this record.
     """
 
@@ -79,20 +81,37 @@ class Calibration:
     agreement: Agreement | None = None
     model_name: str | None = None
     model_revision: str | None = None
+    rule: str = "score"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         _check(self)
 
-    def select(self, ratio: float, *, granularity: str | None = None) -> Calibration:
-        """The same scores, other heads.
+    def select(
+        self, ratio: float | None = None, *, granularity: str | None = None, rule: str | None = None
+    ) -> Calibration:
+        """The same scores, other heads; what is None stays as it is.
 
         Raises:
-            ValueError: ratio outside (0, 1], or an unknown granularity.
+            ValueError: ratio outside (0, 1], or an unknown granularity or rule.
         """
+        ratio = self.ratio if ratio is None else ratio
         granularity = self.granularity if granularity is None else granularity
-        heads = rank_heads(self.scores, ratio, granularity=granularity, num_kv_heads=self.num_kv_heads)
-        return dataclasses.replace(self, retrieval_heads=heads, ratio=ratio, granularity=granularity)
+        rule = self.rule if rule is None else rule
+        _need(rule in RULES, "rule", f"one of {RULES}", rule)
+        heads = rank_heads(
+            self.scores,
+            ratio,
+            granularity=granularity,
+            num_kv_heads=self.num_kv_heads,
+            above=None if rule == "score" else self.even,
+        )
+        return dataclasses.replace(self, retrieval_heads=heads, ratio=ratio, granularity=granularity, rule=rule)
+
+    @property
+    def even(self) -> float:
+        """What even attention gives to the needle: who scores no more retrieves nothing, however far it looks."""
+        return len(self.needle.token_ids) * len(self.context) / sum(self.context)
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file; it appears whole or not at all."""
@@ -191,6 +210,7 @@ def _check(record: Calibration) -> None:
     _need(record.granularity in GRANULARITIES, "granularity", f"one of {GRANULARITIES}", record.granularity)
     kv = record.num_kv_heads
     _need(_whole(kv) and kv >= 1 and width % kv == 0, "num_kv_heads", f"a divisor of {width}", kv)
+    _need(record.rule in RULES, "rule", f"one of {RULES}", record.rule)
     _need(_whole(record.seed), "seed", "an integer", record.seed)
     ids = record.needle.token_ids
     _need(bool(ids) and all(_whole(t) and t >= 0 for t in ids), "needle.token_ids", "token ids", ids)
@@ -276,6 +296,7 @@ def calibrate(
     *,
     ratio: float | None = None,
     granularity: str = "head",
+    rule: str = "score",
     needle: Sequence[int] | None = None,
     needle_start: int | None = None,
     needle_description: str | None = None,
@@ -290,6 +311,8 @@ def calibrate(
         ratio: part of the heads to take. None: 0.15 (the paper), or all heads of a base whose own design leaves at
             most a quarter of its layers with full attention (Gemma 3).
         granularity: `"head"`, or `"kv_head"`: a KV group is taken or left as a whole, by the mean of its scores.
+        rule: `"score"`, the paper's: by needle score alone, up to the ratio. `"even"`: without those that score no more
+            than even attention would, so maybe fewer.
         needle: token ids to repeat. None: 32 different tokens drawn from the documents by `seed`.
         needle_start: slot of the first copy; None: after 64 ordinary tokens.
         needle_description: for the record.
@@ -308,6 +331,7 @@ def calibrate(
     ratio = default_ratio(model) if ratio is None else ratio
     num_heads, num_kv_heads = head_counts(model.config)
     rank_heads(((0.0,) * num_heads,), ratio, granularity=granularity, num_kv_heads=num_kv_heads)
+    _need(rule in RULES, "rule", f"one of {RULES}", rule)
     if needle is None:
         needle = draw_needle(ids, seed=seed)
         needle_description = needle_description or f"{len(needle)} different tokens of the documents, drawn by the seed"
@@ -343,7 +367,7 @@ def calibrate(
         agreement=agreement(per_document, sum(map(len, heads))) if len(ids) > 1 else None,
         model_name=model.config.base_model_name_or_path,
         model_revision=model.config.base_model_revision,
-    )
+    ).select(rule=rule)
     logger.info("%d of %d heads retrieve; %s", sum(map(len, heads)), sum(map(len, mean)), result.agreement)
     return result
 

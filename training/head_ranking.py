@@ -12,6 +12,7 @@ from ..modeling.families_rtpurbo import full_attention_modules
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 
 GRANULARITIES = ("head", "kv_head")
+RULES = ("score", "even")
 PAPER_RATIO = 0.15
 _FEW_LAYERS = 0.25
 
@@ -42,7 +43,12 @@ def default_retrieval_heads(model: RTPurboForCausalLM, scores: Scores) -> tuple[
 
 
 def rank_heads(
-    scores: Scores, ratio: float, *, granularity: str = "head", num_kv_heads: int | None = None
+    scores: Scores,
+    ratio: float,
+    *,
+    granularity: str = "head",
+    num_kv_heads: int | None = None,
+    above: float | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """Per layer, the heads with the highest scores of the whole model; ties go to the earlier layer and head.
 
@@ -51,6 +57,8 @@ def rank_heads(
         ratio: part of all scored heads to take, in (0, 1]; rounded down, at least one head (or KV group).
         granularity: `"head"`, or `"kv_head"`: whole KV groups by their mean score, while they fit.
         num_kv_heads: KV heads of a layer, for `"kv_head"`.
+        above: only heads (or groups, by their best head) whose score is above this are taken, so there may be fewer
+            than `ratio` asks for, but never none; None: all may be.
 
     Raises:
         ValueError: ratio outside (0, 1], unknown granularity, or `"kv_head"` without a fitting `num_kv_heads`.
@@ -61,7 +69,7 @@ def rank_heads(
         raise ValueError(f"granularity must be one of {GRANULARITIES}, got {granularity!r}")
     # the epsilon keeps 0.15 * 20 at 3
     target = max(1, int(ratio * sum(map(len, scores)) + 1e-9))
-    groups: list[tuple[float, int, tuple[int, ...]]] = []
+    groups: list[tuple[bool, float, int, tuple[int, ...]]] = []
     for layer, row in enumerate(scores):
         size = 1
         if granularity == "kv_head" and row:
@@ -70,11 +78,13 @@ def rank_heads(
             size = len(row) // num_kv_heads
         for first in range(0, len(row), size):
             members = tuple(range(first, first + size))
-            groups.append((sum(row[h] for h in members) / size, layer, members))
-    groups.sort(key=lambda group: (-group[0], group[1], group[2]))
+            low = above is not None and max(row[h] for h in members) <= above
+            groups.append((low, -sum(row[h] for h in members) / size, layer, members))
+    groups.sort()
+    groups = [group for group in groups if not group[0]] or groups[:1]
     chosen: list[list[int]] = [[] for _ in scores]
     taken = 0
-    for _, layer, members in groups:
+    for *_, layer, members in groups:
         if taken and taken + len(members) > target:
             break
         chosen[layer] += members

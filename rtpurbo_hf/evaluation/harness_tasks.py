@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _DOCUMENTS = "documents"
 _SUMMARY = -1
 _LENGTH = 0
+# of standard errors that lm-eval resamples; where documents give the figure, intervals are our own
+_ITERATIONS = 1000
 # How an aggregate follows from the sums of documents: mean, perplexity of log-likelihoods, bits of them.
 _FORMS = ((1.0, False), (-1.0, True), (-1 / math.log(2), False))
 
@@ -110,7 +112,11 @@ class HarnessTasks:
         self._arms, self._reference, self._plan, self._store = list(arms), reference, plan, store
         self._tokenizer, self._length, self._seed = tokenizer, length, seed
         self._batch = max(batch_tokens // length, 1)
-        self._manager = TaskManager(include_path=None if plan.include is None else str(plan.include))
+        include = None if plan.include is None else str(plan.include)
+        # reading lm-eval's own thousands of task files takes long, and is not needed for tasks of the user's
+        self._manager = TaskManager(include_path=include, include_defaults=include is None)
+        if any(not self._manager.match_tasks([task]) for task in plan.tasks):
+            self._manager = TaskManager(include_path=include)
         unknown = [task for task in plan.tasks if not self._manager.match_tasks([task])]
         if unknown:
             raise ValueError(
@@ -145,6 +151,7 @@ class HarnessTasks:
                 limit=self._plan.limit,
                 task_manager=self._manager,
                 log_samples=True,
+                bootstrap_iters=_ITERATIONS,
                 random_seed=self._seed,
                 numpy_random_seed=self._seed,
                 torch_random_seed=self._seed,
@@ -261,7 +268,7 @@ def _scaled(records: Sequence[Record], figure: str, factor: float) -> list[Recor
 def _plain_row(
     place: tuple[str, str, int, str], value: float, error: float, base: tuple[float, float] | None, count: int
 ) -> ResultRow:
-    """Groups, and metrics that are no ratio of sums: lm-eval's value and standard error; the difference unpaired."""
+    """Groups, and metrics that are no ratio of sums: lm-eval's value and standard error (0: none), unpaired."""
     half = 1.96 * error
     if base is None:
         return ResultRow(*place, value, value - half, value + half, None, None, None, None, count)
