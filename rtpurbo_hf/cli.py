@@ -400,8 +400,10 @@ def info(
     from .auto import RTPurboConfig
     from .info import checkpoint_info
 
-    overrides = {} if kv_cache_dtype is None else {"kv_cache_dtype": kv_cache_dtype}
-    config = RTPurboConfig.from_pretrained(checkpoint_named(checkpoint), **overrides)
+    config = RTPurboConfig.from_pretrained(checkpoint_named(checkpoint))
+    if kv_cache_dtype is not None:
+        config.kv_cache_dtype = kv_cache_dtype
+        config.check()
     facts = checkpoint_info(config, context=context, dtype=getattr(torch, dtype.value)).to_dict()
     if output is not None:
         output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

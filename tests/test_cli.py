@@ -84,6 +84,12 @@ def test_info_predicts_and_prints(adapted, workplace):
     assert facts["retrieval_heads"] == 2
     assert facts["kv_bytes"]["total"] < facts["kv_bytes_dense"]
     assert "freeable KV heads" in rtpurbo(workplace, "info", "out/adapter").stdout
+    in_8_bits = rtpurbo(
+        workplace, "info", "out/adapter", "--context", "1000", "--json", "--kv-cache-dtype", "int8"
+    ).stdout
+    assert json.loads(in_8_bits)["kv_bytes"]["full"] < 0.7 * facts["kv_bytes"]["full"]
+    refused = rtpurbo(workplace, "info", "out/adapter", "--kv-cache-dtype", "int4", code=1)
+    assert "kv_cache_dtype must be one of" in refused.stderr
 
 
 def test_generate_is_deterministic(adapted, workplace):
