@@ -85,8 +85,8 @@ def setups(names: Sequence[str], settings: Preset) -> list[Setup]:
     further = []
     for name in names:
         for value in OVERRIDDEN.get(name, ()):
-            shown = int(value * settings.context) if name == "window" else value
-            default.append(replace(parse_variant(f"sparse:{name}={shown}"), name=f"{name}={shown}"))
+            number = int(value * settings.context) if name == "window" else value
+            default.append(replace(parse_variant(f"sparse:{name}={number}"), name=f"{name}={number}"))
         default += [parse_variant(selector) for selector in SELECTED.get(name, ())]
         for shown, fields in RETRAINED.get(name, {}).items():
             changed = _changed(settings, fields)

@@ -231,7 +231,7 @@ class SelfDistillationTrainer(StageTrainer):
         """
         model, lora = self.model, self._lora
         if weights is not None:
-            model = RTPurboForCausalLM(copy.deepcopy(self.model.config)).to(self.model.dtype)
+            model = cast(Any, RTPurboForCausalLM)(copy.deepcopy(self.model.config)).to(self.model.dtype)
             for indexer in model.indexers().values():
                 indexer.float()
             lora = None if lora is None else _with_lora(model, self.args)

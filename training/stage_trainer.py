@@ -167,7 +167,7 @@ class StageTrainer(Trainer):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, strict=strict)
-        set_model_state_dict(cast(torch.nn.Module, self.model), weights, options=options)
+        set_model_state_dict(cast(torch.nn.Module, self.model), cast(Any, weights), options=options)
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """The weights of a sharded model, gathered on the CPU of process 0; None without shards. All processes call."""

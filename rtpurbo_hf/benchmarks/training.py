@@ -301,7 +301,8 @@ def gradient_error(model: RTPurboForCausalLM, ids: torch.Tensor) -> float:
     generator = torch.Generator(out.device).manual_seed(2)
     upstream = torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
     ours = torch.autograd.grad(out, leaves, upstream)
-    expected = window_gradient_tiled(upstream, *(x.detach() for x in leaves), None, **options)[:3]
+    query, key, value = (x.detach() for x in leaves)
+    expected = window_gradient_tiled(upstream, query, key, value, None, **options)[:3]
     return max(relative_error(a, b) for a, b in zip(ours, expected, strict=True))
 
 
