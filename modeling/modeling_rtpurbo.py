@@ -197,7 +197,16 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             self.attention = previous
 
     def new_cache(self, *, offloading: bool = False, max_length: int | None = None) -> RTPurboCache:
-        """An empty cache for the present attention mode; with `max_length` slots it is static."""
+        """An empty cache for the present attention mode; with `max_length` slots it is static.
+
+        Raises:
+            ValueError: offloading on a machine without an accelerator.
+        """
+        if offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "an offloaded cache keeps layers on the CPU that are not in use, and this machine has no GPU: leave "
+                "cache_implementation out"
+            )
         plans = {m.layer_idx: m.rtpurbo.plans[self.attention] for m in self.converted()}
         return RTPurboCache(self.config, plans, offloading=offloading, max_length=max_length)
 
