@@ -25,7 +25,7 @@ from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
 from ..kernels.sparse_prefill import sparse_prefill_attention
 from .cache_rtpurbo import CacheView, RTPurboCache
-from .families_rtpurbo import CACHE_ARGUMENT, Family, rotation, swaps_halves
+from .families_rtpurbo import CACHE_ARGUMENT, IDENTITY, Family, rotation, skips_identity, swaps_halves
 from .plan_rtpurbo import HeadPlan
 
 ATTENTION_NAME = "rtpurbo"
@@ -106,6 +106,7 @@ class RTPurboLayer:
         self.plans = plans
         self.rotation = rotation(attention, family)
         self.swaps_halves = self.rotation is not None and not family.partial_rotary and swaps_halves(self.rotation)
+        self.skips_identity = self.swaps_halves and skips_identity(self.rotation)
         self.signature = inspect.signature(attention.forward)
         known = CACHE_ARGUMENT in self.signature.parameters
         self.cache_argument = CACHE_ARGUMENT if known else family.cache_argument
@@ -127,8 +128,11 @@ def attention_pre_hook(attention: nn.Module, args: tuple, kwargs: dict) -> tuple
     arguments.update(arguments.pop("kwargs", {}))
     cos, sin = arguments["position_embeddings"]
     arguments["rtpurbo_call"] = (cos, sin, arguments.get(layer.cache_argument))
-    one, zero = _identity(cos.dtype, cos.device)
-    arguments["position_embeddings"] = (one.expand(cos.shape), zero.expand(sin.shape))
+    if layer.skips_identity and not torch.compiler.is_compiling():
+        arguments["position_embeddings"] = IDENTITY
+    else:
+        one, zero = _identity(cos.dtype, cos.device)
+        arguments["position_embeddings"] = (one.expand(cos.shape), zero.expand(sin.shape))
     arguments[layer.cache_argument] = None
     arguments.setdefault("rtpurbo_state", layer.state)
     return (), arguments
@@ -208,7 +212,9 @@ def rtpurbo_attention(
         else:
             index_query = module.indexer.queries(query_pre, positions, rotation).to(dtype)
             index_key = module.indexer.keys(key_pre, positions, rotation).to(dtype)
-    step = _Step(layer, plan, state, options, query, key, value, index_query, index_key)
+    # an offloaded layer leaves the device as soon as it is updated: what is written later would be lost
+    offloaded = cache is not None and cache.offloading
+    step = _Step(layer, plan, state, options, query, key, value, index_query, index_key, offloaded)
     view = None
     if cache is not None:
         view, _ = cache.update(
@@ -336,6 +342,7 @@ class _Step:
     value: torch.Tensor
     index_query: torch.Tensor | None
     index_key: torch.Tensor | None
+    offloaded: bool = False
 
     @property
     def selects(self) -> bool:
@@ -360,7 +367,7 @@ class _Step:
     @property
     def fuses(self) -> bool:
         """Whether a decode step writes its tokens while it selects: `decode_step`."""
-        return self.selects and use_triton(self.backend, self.query)
+        return self.selects and not self.offloaded and use_triton(self.backend, self.query)
 
     def fresh(self, out: torch.Tensor) -> None:
         """Nothing is cached: this forward's own keys are all there is."""

@@ -172,3 +172,40 @@ def swaps_halves(apply: Callable) -> bool:
             return False
         expected = rotate_reference(query, cos, sin)
         return rotated.shape == expected.shape and torch.allclose(rotated, expected, atol=1e-5)
+
+
+class _One:
+    """Stands for cos = 1 in a base's rotation: `x * one` is x itself, nothing is computed."""
+
+    def unsqueeze(self, dim: int) -> _One:
+        return self
+
+    def __rmul__(self, other: torch.Tensor) -> torch.Tensor:
+        return other
+
+
+class _Zero:
+    """Stands for sin = 0: `x * zero` is zero, and `x + zero` is x itself."""
+
+    def unsqueeze(self, dim: int) -> _Zero:
+        return self
+
+    def __rmul__(self, other: torch.Tensor) -> _Zero:
+        return self
+
+    def __radd__(self, other: torch.Tensor) -> torch.Tensor:
+        return other
+
+
+IDENTITY = (_One(), _Zero())
+
+
+@lru_cache(maxsize=64)
+def skips_identity(apply: Callable) -> bool:
+    """Whether a rotation hands q and k back untouched for `IDENTITY`, at the cost of `rotate_half` only."""
+    query, key = torch.zeros(1, 1, 2, 8, device="cpu"), torch.zeros(1, 1, 2, 8, device="cpu")
+    try:
+        rotated = apply(query, key, *IDENTITY)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return rotated[0] is query and rotated[1] is key

@@ -201,7 +201,15 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         """An empty cache for the present attention mode; with `max_length` slots it is static.
 
         `config.kv_cache_dtype` holds in the modes that have both kinds of heads: `"dense"` stays the base model.
+
+        Raises:
+            ValueError: offloading on a machine without an accelerator.
         """
+        if offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "an offloaded cache keeps layers on the CPU that are not in use, and this machine has no GPU: leave "
+                "cache_implementation out"
+            )
         plans = {m.layer_idx: m.rtpurbo.plans[self.attention] for m in self.converted()}
         quantise = self.attention in QUANTISED_MODES
         return RTPurboCache(self.config, plans, offloading=offloading, max_length=max_length, quantise=quantise)

@@ -4,17 +4,21 @@ import pytest
 import torch
 from families import tiny_base
 
+from rtpurbo_hf.modeling.cache_rtpurbo import RTPurboCache
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
 
 
-def run(backend: str, form: dict, **options):
+def small_model(**options):
     torch.manual_seed(0)
-    model = RTPurboForCausalLM.from_base(
+    return RTPurboForCausalLM.from_base(
         tiny_base("llama").eval(), retrieval_heads=[[0, 2], [], [3], [0, 1, 2, 3]], sliding_window=6, num_sink_tokens=2,
         index_dim=8, **options,
     )  # fmt: skip
-    ids = torch.randint(3, 97, (2, 24))
-    cache = model.new_cache(**form)
+
+
+def steps(model, cache, backend: str):
+    """Logits of a step of one token and of one of three, after a prefill with the reference."""
+    ids = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
     model.config.attention_backend = "reference"
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -27,7 +31,13 @@ def run(backend: str, form: dict, **options):
         ).logits
         for a, b in ((20, 21), (21, 24))
     ]  # fmt: skip
-    return torch.cat(logits, 1), cache
+    return torch.cat(logits, 1)
+
+
+def run(backend: str, form: dict, **options):
+    model = small_model(**options)
+    cache = model.new_cache(**form)
+    return steps(model, cache, backend), cache
 
 
 @pytest.mark.parametrize("form", [{}, {"max_length": 32}], ids=["growing", "static"])
@@ -54,6 +64,33 @@ def test_a_step_without_selection_still_writes():
     expected, _ = run("reference", {}, index_top_p=1.0)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
     assert cache.layers[0].keys[:, :, 23].abs().sum() > 0
+
+
+class MovingCache(RTPurboCache):
+    """A cache whose layers are elsewhere, as copies, once they are updated: what offloading does, on one device."""
+
+    def update(self, key, value, layer_idx, **kwargs):
+        layer = self.layers[layer_idx]
+        updated = layer.update(key, value, **kwargs)
+        layer.offload()
+        layer._map(torch.clone)
+        return updated
+
+
+@torch.no_grad()
+def test_offloaded_layers_hold_every_token():
+    """Regression: the fused step wrote its token after the layer had been offloaded, and it was lost."""
+    out, cache = run("triton", {}, index_min_tokens=64)
+    model = small_model(index_min_tokens=64)
+    plans = {module.layer_idx: module.rtpurbo.plans["sparse"] for module in model.converted()}
+    moving = MovingCache(model.config, plans)
+    moving.offloading = True
+    got = steps(model, moving, "triton")
+    torch.testing.assert_close(got, out, rtol=1e-3, atol=1e-3)
+    for index in cache.converted:
+        for name in ("keys", "values", "window_keys", "window_values"):
+            held, moved = (getattr(each.layers[index], name) for each in (cache, moving))
+            torch.testing.assert_close(moved, held, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])

@@ -495,6 +495,9 @@ def test_refusals(model, batch):
     chunked.config.base_config.number_of_conv_states = 1
     with pytest.raises(ValueError, match="'gemma3_text': its 'hybrid_sliding' layers have no static form"):
         chunked.new_cache(max_length=100)
+    if not torch.accelerator.is_available():
+        with pytest.raises(ValueError, match="this machine has no GPU"):
+            model.generate(ids, attention_mask=mask, cache_implementation="offloaded", **GREEDY)
     full = model.new_cache(max_length=41)
     with torch.no_grad():
         model(ids[2:], past_key_values=full)

@@ -37,6 +37,7 @@ def planted_cache(model: RTPurboForCausalLM, length: int, batch: int) -> RTPurbo
     cache = model.new_cache(max_length=length + STEPS)
     shape = (batch, text.num_key_value_heads, length, text.head_dim)
     key, value = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+    index_dtype = torch.bfloat16 if model.dtype == torch.float32 else model.dtype
     for module in model.converted():
         plan = module.rtpurbo.plans["sparse"]
         index = None
@@ -44,7 +45,7 @@ def planted_cache(model: RTPurboForCausalLM, length: int, batch: int) -> RTPurbo
             places = (batch, len(plan.index_key_kv))
             span = torch.randn(*places, -(-length // SPAN), model.config.index_dim, device=model.device)
             index = span.repeat_interleave(SPAN, 2)[:, :, :length]
-            index = (math.sqrt(0.5) * (index + torch.randn_like(index))).bfloat16()
+            index = (math.sqrt(0.5) * (index + torch.randn_like(index))).to(index_dtype)
         converted_layer(cache, module.layer_idx).update(key, value, index_key=index)
     return cache
 

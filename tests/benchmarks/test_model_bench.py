@@ -135,10 +135,10 @@ def test_longest_finds_the_last_length_that_fits():
 
 @pytest.fixture
 def small():
+    """In fp16: Triton's interpreter takes the bits of bf16 operands of a dot for integers."""
     torch.manual_seed(0)
-    model = RTPurboForCausalLM.from_base(
-        tiny_base("llama", num_hidden_layers=2), retrieval_heads=[[0, 1], [3]], sliding_window=64, num_sink_tokens=4
-    )
+    base = tiny_base("llama", num_hidden_layers=2).half()
+    model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[0, 1], [3]], sliding_window=64, num_sink_tokens=4)
     for indexer in model.indexers().values():
         torch.nn.init.normal_(indexer.q_proj)
     return model
@@ -146,7 +146,7 @@ def small():
 
 def test_the_decode_check_is_green_with_a_wide_margin(small):
     """The real kernels, in Triton's interpreter where there is no GPU."""
-    entries = check_decode(small, length=300, backend="triton")
+    entries = check_decode(small, length=200, backend="triton")
     assert entries["check"] == "ok"
     assert entries["control_error"] > 10 * max(entries["checked_error"], 0.02)
     assert entries["check_layers"] == 2
@@ -160,7 +160,7 @@ def test_the_decode_check_is_red_when_the_selection_is_ignored(small, monkeypatc
         return whole(*args, **{**options, "min_tokens": 1 << 20})
 
     monkeypatch.setattr(attention_rtpurbo, "decode_step", ignoring)
-    entries = check_decode(small, length=300, backend="triton")
+    entries = check_decode(small, length=200, backend="triton")
     assert entries["check"] == "red"
     assert entries["checked_error"] == pytest.approx(entries["control_error"], rel=0.05)
 
@@ -175,20 +175,20 @@ def test_a_check_whose_control_is_near_the_error_is_red():
 
 @pytest.mark.parametrize("mode", ["dense", "sparse_tiled"])
 def test_the_prefill_check_goes_both_ways(small, monkeypatch, mode):
-    green = check_prefill(small, mode, length=700, backend="triton")
+    green = check_prefill(small, mode, length=400, backend="auto")
     assert green["check"] == "ok"
     assert green["control_error"] > 4 * green["checked_error"]
     name = "dense_attention" if mode == "dense" else "sparse_prefill_attention"
     whole = getattr(attention_rtpurbo, name)
 
     def ignoring(*args, **options):
-        if options["backend"] == "triton":
+        if options["backend"] == "auto":
             options["out"][:, :, list(options["heads"])] = 0
             return options["out"]
         return whole(*args, **options)
 
     monkeypatch.setattr(attention_rtpurbo, name, ignoring)
-    assert check_prefill(small, mode, length=700, backend="triton")["check"] == "red"
+    assert check_prefill(small, mode, length=400, backend="auto")["check"] == "red"
 
 
 def test_planted_prefill_index_has_the_stated_selectivity(model):
@@ -263,7 +263,7 @@ def test_peers_are_timed_or_named_with_the_reason(base, monkeypatch):
     assert peers.best()[0] == 1.0
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **options: compiler(call, backend="eager"))
-    add_compiled(peers, base, 40, 2, Budget(60))
+    add_compiled(peers, base, 40, 2, Budget(1e6))
     compiled = {name: ms for name, ms in peers.times.items() if "torch.compile" in name}
     assert len(compiled) == 2
     assert set(compiled.values()) == {1.0}
@@ -272,10 +272,10 @@ def test_peers_are_timed_or_named_with_the_reason(base, monkeypatch):
         raise RuntimeError("no compiler here\nand more")
 
     monkeypatch.setattr(torch, "compile", fails)
-    add_compiled(peers, base, 40, 2, Budget(60))
+    add_compiled(peers, base, 40, 2, Budget(1e6))
     assert peers.times["StaticCache + SDPA, torch.compile(reduce-overhead)"] == "failed: RuntimeError: no compiler here"
     monkeypatch.setattr(torch, "compile", lambda call, **options: functools.partial(_wrong, call))
-    add_compiled(peers, base, 40, 2, Budget(60))
+    add_compiled(peers, base, 40, 2, Budget(1e6))
     assert peers.times["packed FA2 split-KV, torch.compile(reduce-overhead)"].startswith("wrong: its logits are off")
     add_compiled(peers, base, 40, 2, Budget(0))
     assert "the 0 s for compiling were spent" in peers.times["StaticCache + SDPA, torch.compile(reduce-overhead)"]

@@ -36,3 +36,11 @@ def test_which_families_swap_halves(family, halves):
     base = tiny_base(family)
     model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[0]] * base.config.num_hidden_layers)
     assert {module.rtpurbo.swaps_halves for module in model.converted()} == {halves}
+
+
+@pytest.mark.parametrize(("family", "skips"), [("llama", True), ("qwen3", True), ("gpt_neox", False), ("glm", False)])
+def test_which_families_skip_the_identity(family, skips):
+    """q and k from before RoPE come out of the base's forward without a pass over them."""
+    base = tiny_base(family)
+    model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[0]] * base.config.num_hidden_layers)
+    assert {module.rtpurbo.skips_identity for module in model.converted()} == {skips}
