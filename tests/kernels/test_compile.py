@@ -15,8 +15,8 @@ from fake_gpu import SHARED_LIMIT
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
-# by capability and kernel: the bytes that a thread is known to spill, with ptxas 13.4 (of Triton 3.9); every other kernel
-# spills nothing. The Hopper kernel spills nothing with ptxas 12.8 and 12.9 either.
+# by capability and kernel: the bytes that a thread is known to spill, with ptxas 13.4 (of Triton 3.9); every other
+# kernel spills nothing. The Hopper kernel spills nothing with ptxas 12.8 and 12.9 either.
 KNOWN_SPILLS = {
     (80, "sink_window_triton._sink_window_kernel"): 260,
     (90, "sink_window_hopper._sink_window_hopper_kernel"): 1048,
