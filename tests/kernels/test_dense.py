@@ -137,7 +137,7 @@ def test_gradients_equal_the_reference(case, backend):
         grads.append([leaf.grad for leaf in leaves.values()])
     assert all(float(grad.abs().sum()) > 0 for grad in grads[0])
     for ours, expected in zip(*grads, strict=True):
-        # A row that sees one key has gradient zero: what a backend leaves there is rounding of terms as large as others.
+        # A row that sees one key has gradient zero; a backend leaves the rounding of larger terms there.
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
