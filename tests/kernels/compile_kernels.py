@@ -310,8 +310,8 @@ def cases() -> Iterator[Case]:
 
 
 def _ptx_hash(ptx: str) -> str:
-    """Of the instructions: lines and names of source files are left out."""
-    code = re.sub(r"^\s*(\.loc|\.file|//).*$|//.*$", "", ptx.split(".section")[0], flags=re.MULTILINE)
+    """Of the instructions: what tells where in the source they come from is left out."""
+    code = re.sub(r"^\s*(\.loc|\.file|//|\$L__(tmp|func)).*$|//.*$", "", ptx.split(".section")[0], flags=re.MULTILINE)
     return hashlib.sha256("\n".join(line for line in code.splitlines() if line.strip()).encode()).hexdigest()[:16]
 
 
