@@ -439,18 +439,19 @@ class _Step:
             yield _FullPart(key, value, shared, rows, everyone, plan)
             return
         for row, kv_head in enumerate(plan.full_kv):
-            states = []
-            for own, store, scale in (
-                (self.key, view.full_key, view.key_scale),
-                (self.value, view.full_value, view.value_scale),
-            ):
-                past = dequantize_kv(store[:, row : row + 1, :length], scale[:, row : row + 1, :length], own.dtype)
-                if fresh:
-                    past[:, :, view.q_start :] = own[:, kv_head : kv_head + 1]
-                states.append(past)
+            key, value = (
+                dequantize_kv(store[:, row : row + 1, :length], scale[:, row : row + 1, :length], own.dtype)
+                for own, store, scale in (
+                    (self.key, view.full_key, view.key_scale),
+                    (self.value, view.full_value, view.value_scale),
+                )
+            )
+            if fresh:
+                key[:, :, view.q_start :] = self.key[:, kv_head : kv_head + 1]
+                value[:, :, view.q_start :] = self.value[:, kv_head : kv_head + 1]
             local = tuple(h for h in shared if plan.kv_head(h) == kv_head)
             chosen = tuple(i for i in everyone if plan.retrieval_kv[i] == kv_head)
-            yield _FullPart(*states, local, (0,) * len(local), chosen, plan)
+            yield _FullPart(key, value, local, (0,) * len(local), chosen, plan)
 
     def decode(self, out: torch.Tensor, view, cache) -> None:
         """A decode step over the stores of the cache."""
