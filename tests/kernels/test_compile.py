@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 # by capability and kernel: the bytes that a thread is known to spill, with ptxas 13.4 (of Triton 3.9); every other
 # kernel spills nothing. The Hopper kernel spills nothing with ptxas 12.8 and 12.9 either.
+KNOWN_WITH = "3.9."
 KNOWN_SPILLS = {
     (80, "sink_window_triton._sink_window_kernel"): 260,
     (90, "sink_window_hopper._sink_window_hopper_kernel"): 1048,
@@ -54,5 +56,8 @@ def test_shared_memory_fits(compiled):
 
 def test_registers_suffice(compiled):
     """No more is spilled than was known: a launch that asks for too much shows here, not in a benchmark."""
+    installed = version("triton")
+    if not installed.startswith(KNOWN_WITH):
+        pytest.skip(f"known spills are those of Triton {KNOWN_WITH}x: compare, then enter those of {installed}")
     more = [row for row in compiled if row["spills"] > KNOWN_SPILLS.get((row["capability"], row["kernel"]), 0)]
     assert not more
