@@ -29,18 +29,20 @@ def test_dense_setting_equals_base(family):
         expected = base(ids, attention_mask=mask).logits
         single = base(ids[1:]).logits
         decoded = generate(base, ids, mask)
+    # fp32 rounding grows with the numbers
+    tolerance = 1e-5 * max(1.0, float(expected[real].abs().max()))
     model = RTPurboForCausalLM.from_base(
         copy.deepcopy(base), retrieval_heads=everything_retrieves(base), index_top_p=1.0, sliding_window=4
     )
     with torch.no_grad():
-        assert (model(ids, attention_mask=mask).logits - expected)[real].abs().max() < 1e-5
-        assert (model(ids[1:]).logits - single).abs().max() < 1e-5
+        assert (model(ids, attention_mask=mask).logits - expected)[real].abs().max() < tolerance
+        assert (model(ids[1:]).logits - single).abs().max() < tolerance
         got = generate(model, ids, mask)
         with model.attention_mode("dense"):
-            assert (model(ids, attention_mask=mask).logits - expected)[real].abs().max() < 1e-5
+            assert (model(ids, attention_mask=mask).logits - expected)[real].abs().max() < tolerance
     assert torch.equal(got.sequences, decoded.sequences)
     for ours, theirs in zip(got.logits, decoded.logits, strict=True):
-        assert (ours - theirs).abs().max() < 1e-5
+        assert (ours - theirs).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

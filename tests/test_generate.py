@@ -491,7 +491,8 @@ def test_refusals(model, batch):
     with pytest.raises(ValueError, match=r"'quantized' is not supported.*kv_cache_dtype='int8'"):
         model.generate(ids, attention_mask=mask, cache_implementation="quantized", **GREEDY)
     chunked = make("gemma3_text")
-    chunked.config.base_config.layer_types[0] = "hybrid_sliding"
+    layer_types = chunked.config.base_config.layer_types
+    chunked.config.base_config.layer_types = ["hybrid_sliding", *layer_types[1:]]
     chunked.config.base_config.number_of_conv_states = 1
     with pytest.raises(ValueError, match="'gemma3_text': its 'hybrid_sliding' layers have no static form"):
         chunked.new_cache(max_length=100)
