@@ -49,11 +49,14 @@ test: lint typecheck
 
 # The contract with transformers, with the oldest release that is declared laid over the same environment.
 LOWEST := transformers==5.17.0 huggingface_hub<2
+# what huggingface_hub 1.x needs and later releases do not
+LOWEST_NEEDS := httpx
 CONTRACT := tests/test_config.py tests/test_families.py tests/test_generate.py tests/test_checkpoint.py
 
 $(VENV)-lowest/.installed: Makefile $(VENV)/.installed-test
 	@echo "Installing $(LOWEST) into $(VENV)-lowest"
 	@$(PIP) --no-deps --upgrade --target $(VENV)-lowest/site-packages $(foreach package,$(LOWEST),"$(package)")
+	@$(PIP) --upgrade --target $(VENV)-lowest/site-packages $(LOWEST_NEEDS)
 	@touch $@
 
 test-lowest: $(VENV)-lowest/.installed
