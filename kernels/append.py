@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .common import HAS_TRITON, starts, tl, triton, use_triton
+from .common import HAS_TRITON, next_power_of_2, starts, tl, triton, use_triton
 from .kv_quant import check_kv_scales, kv_limit, quantize_kv
 from .workspace import head_table
 
@@ -421,9 +421,9 @@ def append_step(
         *window_key.stride()[:3],
         *window_value.stride()[:3],
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=next_power_of_2(head_dim),
         INDEX_DIM=index_key.shape[3],
-        BLOCK_R=triton.next_power_of_2(index_key.shape[3]),
+        BLOCK_R=next_power_of_2(index_key.shape[3]),
         INT8=index_scale is not None,
         HAS_START=start is not None,
         KV_LIMIT=kv_limit(full_key),

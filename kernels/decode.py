@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from .append import append_step, check_append
-from .common import HAS_TRITON, masked_softmax, row_tiles, soft_cap, starts, tl, triton, use_triton
+from .common import HAS_TRITON, masked_softmax, next_power_of_2, row_tiles, soft_cap, starts, tl, triton, use_triton
 from .decode_ops import compiled_decode_step, set_eager_step
 from .kv_quant import check_kv_scales
 from .launches import launch_options
@@ -804,7 +804,7 @@ def decode_attention(
     if out.stride(3) != 1 or full_key.stride(3) != 1 or window_key.stride(3) != 1:
         raise ValueError("out and the stores need unit stride on their last axis")
     on_gpu = query.is_cuda
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = next_power_of_2(head_dim)
     block_n = max(16, _ATTEND_CONFIG["tile_keys"] * 128 // max(block_d, 128)) if on_gpu else 16
     indices, counts = _no_selection(device) if selection is None else selection
     first_slot = length if start is None else start
@@ -853,7 +853,7 @@ def decode_attention(
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
         "BLOCK": block_size,
-        "ITEMS": triton.next_power_of_2(max(num_items, 2)),
+        "ITEMS": next_power_of_2(max(num_items, 2)),
         "NUM_HEADS": num_heads,
         "LEAD": _ATTEND_CONFIG["lead"],
         "MERGE": 128 if on_gpu else 4,

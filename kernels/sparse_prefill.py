@@ -20,7 +20,18 @@ from functools import partial
 import torch
 
 from .attention_inputs import check_attention_inputs
-from .common import HAS_TRITON, index_tensor, masked_softmax, row_tiles, soft_cap, starts, tl, triton, use_triton
+from .common import (
+    HAS_TRITON,
+    index_tensor,
+    masked_softmax,
+    next_power_of_2,
+    row_tiles,
+    soft_cap,
+    starts,
+    tl,
+    triton,
+    use_triton,
+)
 from .custom_op import define_op, needs_grad
 from .sparse_gradient import Lists, as_lists, sparse_attention_with_gradient
 from .tile_blocks import BLOCK, GROUPS, TILE, tile_blocks_reference, tile_range
@@ -299,7 +310,7 @@ if HAS_TRITON:
         """Attention of the rows in `query` on `select_tile_blocks`' lists."""
         q_len, head_dim = query.shape[2:]
         block_m, warps, stages, tma = _launch(query)
-        block_d = max(16, triton.next_power_of_2(head_dim))
+        block_d = max(16, next_power_of_2(head_dim))
         tma = tma and STEP_BLOCKS == 1 and TensorDescriptor is not None and tma_ready(key) and tma_ready(value)
         desc_k = desc_v = None
         if tma:

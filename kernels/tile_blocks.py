@@ -32,7 +32,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .common import HAS_TRITON, row_tiles, starts, tl, triton
+from .common import HAS_TRITON, ceil_div, next_power_of_2, row_tiles, starts, tl, triton
 
 TILE, BLOCK, GROUP, RECENT_BLOCKS = 128, 64, 8, 2
 # representing rows of a tile
@@ -338,14 +338,14 @@ if HAS_TRITON:
         batch, heads, q_len, dim = index_query.shape
         device, end = index_query.device, q_start + q_len
         first_tile, tiles = tile_range(q_start, q_len)
-        blocks, groups = triton.cdiv(end, BLOCK), tiles * GROUPS
+        blocks, groups = ceil_div(end, BLOCK), tiles * GROUPS
         sampled = _sampled(index_query, representing_rows(q_start, q_len, device), q_start).contiguous()
         mass = torch.empty(batch, heads, groups, blocks, dtype=torch.float32, device=device)
         indices = torch.empty(batch, heads, tiles, blocks, dtype=torch.int32, device=device)
         counts = torch.empty(batch, heads, tiles, dtype=torch.int32, device=device)
         launch = MASS_LAUNCH
         per_program = launch["columns"] * launch["steps"]
-        grid = (triton.cdiv(groups, launch["rows"]), triton.cdiv(blocks, per_program), batch * heads)
+        grid = (ceil_div(groups, launch["rows"]), ceil_div(blocks, per_program), batch * heads)
         with torch.cuda.device_of(index_query):
             _block_mass_kernel[grid](
                 sampled,
@@ -361,7 +361,7 @@ if HAS_TRITON:
                 end,
                 HAS_START=start is not None,
                 DIM=dim,
-                BLOCK_R=max(16, triton.next_power_of_2(dim)),
+                BLOCK_R=max(16, next_power_of_2(dim)),
                 BLOCK_G=launch["rows"],
                 BLOCK_N=BLOCK,
                 TILE_ROWS=TILE,
@@ -373,7 +373,7 @@ if HAS_TRITON:
                 num_warps=launch["warps"],
                 num_stages=launch["stages"],
             )
-            size = triton.next_power_of_2(blocks)
+            size = next_power_of_2(blocks)
             _select_kernel[(tiles, batch * heads)](
                 mass,
                 start,
@@ -386,7 +386,7 @@ if HAS_TRITON:
                 q_start,
                 end,
                 num_sinks,
-                triton.cdiv(min_tokens, BLOCK),
+                ceil_div(min_tokens, BLOCK),
                 tile_p(top_p),
                 HAS_START=start is not None,
                 HAS_FLOOR=min_tokens > 0,

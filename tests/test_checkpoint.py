@@ -47,12 +47,14 @@ def bare_environment(tmp_path: Path) -> dict[str, str]:
 
     packages = tmp_path / "site"
     packages.mkdir()
-    # in the order of the path: of two versions of a package the first one counts
+    linked = set()
+    # in the order of the path: of two versions of a package, and of their records, the first one counts
     for folder in dict.fromkeys([*(p for p in sys.path if p.endswith("site-packages")), *site.getsitepackages()]):
         for entry in Path(folder).iterdir():
-            target = packages / entry.name
-            if "rtpurbo" not in entry.name and entry.suffix != ".pth" and not target.exists():
-                target.symlink_to(entry)
+            name = entry.name.partition("-")[0] + ".dist-info" if entry.suffix == ".dist-info" else entry.name
+            if "rtpurbo" not in name and entry.suffix != ".pth" and name not in linked:
+                linked.add(name)
+                (packages / entry.name).symlink_to(entry)
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HOME", "PYTHONHOME")}
     return {**keep, "PYTHONPATH": str(packages), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
 
