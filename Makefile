@@ -14,7 +14,7 @@ BENCH ?= kernels --output build/bench
 
 .NOTPARALLEL:
 .PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-training results-smollm2-8k \
-	results-gemma3-32k results-ablation
+	results-gemma3-32k results-ablation results-sparse-prefill
 
 help:
 	@echo "make demo       adapt SmolLM2-135M to RTPurbo on this machine, report in build/demo"
@@ -91,7 +91,7 @@ SMOLLM2 := smollm2-135m --preset default --context 8192 --window 2048 --learning
 GEMMA3 := gemma3-270m --preset default --context 32768 --window 8192 --steps 300 --train-blocks 24
 TOGETHER := --compare base --suite ppl,passkey,sparsity --device cuda
 
-results: results-kernels results-training results-smollm2-8k results-gemma3-32k results-ablation
+results: results-kernels results-training results-smollm2-8k results-gemma3-32k results-ablation results-sparse-prefill
 
 # From Debian packages and Python's sources: a machine that lacks them takes the folders of one that has them.
 $(RESULTS)/texts: | $(TOOL)
@@ -115,6 +115,9 @@ results-gemma3-32k: $(TOOL) | $(RESULTS)/long-texts
 	$(RTPURBO) adapt $(GEMMA3) --stages 1,2 --stage2-steps 60 --accumulation 2 --stage2-learning-rate 2e-5 --label-rows 1000 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k
 	$(RTPURBO) eval $(RESULTS)/gemma3-32k/adapter $(TOGETHER) --variants sparse --emulated oracle --lengths 32768 --blocks 8 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage1
 	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model $(TOGETHER) --variants sparse --lengths 32768 --blocks 8 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage2
+
+results-sparse-prefill: $(TOOL)
+	$(RTPURBO) eval results/adapters/smollm2-135m-8k --base smollm2-135m --suite ppl,passkey,sparsity --variants sparse,sparse_prefill --reference sparse --lengths 4096 --blocks 6 --samples 4 --rows 256 --device cpu --output $(RESULTS)/sparse-prefill
 
 results-ablation: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) eval smollm2-135m --ablate split,floor,selector,p,block,ratio,sharing,init --suite ppl,passkey,sparsity --lengths 8192 --preset default --learning-rate 3e-3 --steps 200 --train-blocks 24 --blocks 8 --rows 512 --samples 6 $(TEXTS) --device cuda --output $(RESULTS)/ablation
