@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .append import append_head, append_index
-from .common import HAS_TRITON, next_power_of_2, tl, triton, use_triton
+from .common import HAS_TRITON, ceil_div, next_power_of_2, tl, triton, use_triton
 from .kv_quant import kv_limit
 from .launches import launch_options
 from .score_range import count_assembly, count_constraints
@@ -438,7 +438,7 @@ def launch_select(
     batch, heads, q_len, head = index_query.shape
     capacity, device = index_key.shape[2], index_query.device
     rows = batch * heads * q_len
-    blocks = -(-capacity // block_size)
+    blocks = ceil_div(capacity, block_size)
     if workspace is None:
         workspace = DecodeWorkspace(
             batch=batch,
@@ -465,14 +465,14 @@ def launch_select(
     on_gpu = index_query.is_cuda
     padded = max(next_power_of_2(head), 4)
     tile_rows = max(_SCORE_CONFIG["tile_keys"] // padded, 1) if on_gpu else 8
-    tile_rows = max(tile_rows, -(-block_size // _LANES), 64 // _LANES)
+    tile_rows = max(tile_rows, ceil_div(block_size, _LANES), 64 // _LANES)
     tile = tile_rows * _LANES
     slots = _SCORE_CONFIG["ctas"] * num_processors(device)
     writers = 0
     if new_tokens is not None:
         kv_items = batch * new_tokens.key.shape[1] * q_len
         writers = min(kv_items, _SCORE_CONFIG["writers"])
-    splits = max(1, min((slots - writers) // rows, -(-capacity // tile)))
+    splits = max(1, min((slots - writers) // rows, ceil_div(capacity, tile)))
     first_slot = length if start is None else start
     if top_p >= 1.0:
         _select_all_kernel[(rows * splits,)](

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .common import starts
+from .common import ceil_div, starts
 from .top_p import index_scores_reference, top_p_set_reference
 
 
@@ -40,7 +40,7 @@ def selection_mask(
     """
     indices, counts = selection
     batch, device = indices.shape[0], indices.device
-    blocks = -(-num_slots // block_size)
+    blocks = ceil_div(num_slots, block_size)
     listed = torch.arange(indices.shape[-1], device=device) < counts[..., None]
     # entries past the count go to a column that is dropped
     column = torch.where(listed, indices.long(), blocks)
@@ -77,7 +77,7 @@ def select_top_p_reference(
     # [B, 1, M, slots]
     valid = ((slots <= q_slots[:, None]) & (slots >= first_slot[:, None, None]))[:, None]
     chosen = top_p_set_reference(scores, valid, top_p=top_p, min_tokens=min_tokens, block_size=block_size, start=start)
-    blocks = max(-(-end // block_size), 1)
+    blocks = max(ceil_div(end, block_size), 1)
     position = (slots - first_slot[:, None]).clamp_min(0)
     block = position.div(block_size, rounding_mode="floor")[:, None, None].expand_as(chosen)
     taken = torch.zeros(*chosen.shape[:-1], blocks, dtype=torch.uint8, device=device)

@@ -22,6 +22,7 @@ import torch
 from .attention_inputs import check_attention_inputs
 from .common import (
     HAS_TRITON,
+    ceil_div,
     index_tensor,
     masked_softmax,
     next_power_of_2,
@@ -106,7 +107,7 @@ def sparse_prefill_attention_reference(
 
 def pieces(q_len: int, *, q_start: int, rows: int) -> Iterator[slice]:
     """Slices of query rows that end on tile bounds, the last one excepted, for masses of `rows` heads at a time."""
-    blocks = -(-(q_start + q_len) // BLOCK)
+    blocks = ceil_div(q_start + q_len, BLOCK)
     tiles = max(1, WORKSPACE_BYTES // (4 * GROUPS * blocks * rows))
     begin = 0
     while begin < q_len:

@@ -48,7 +48,7 @@ MASS_LAUNCH = {"rows": 64, "columns": 8, "steps": 8, "warps": 4, "stages": 3}
 def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
     """The number of the first tile that the rows touch, and how many they touch."""
     first = q_start // TILE
-    return first, -(-(q_start + q_len) // TILE) - first
+    return first, ceil_div(q_start + q_len, TILE) - first
 
 
 def representing_rows(q_start: int, q_len: int, device: torch.device) -> torch.Tensor:
@@ -99,7 +99,7 @@ def tile_blocks_reference(
     device, end = index_query.device, q_start + q_len
     first = starts(start, batch, device)
     first_tile, tiles = tile_range(q_start, q_len)
-    blocks = -(-end // BLOCK)
+    blocks = ceil_div(end, BLOCK)
     rows = representing_rows(q_start, q_len, device)
     queries = _sampled(index_query, rows, q_start).float()
     # a group lives if it holds real rows of this call
@@ -121,7 +121,7 @@ def tile_blocks_reference(
         mass = torch.softmax(best.flatten(-2), -1).nan_to_num(0.0).view(best.shape).sum(-1)
         mass = (mass * weight[:, :, part]).sum(3) / weight[:, :, part].sum(3).clamp_min(1)
         forced, earlier = (mask[:, None] for mask in _forced_and_earlier(numbers[part], blocks, first, end, num_sinks))
-        chosen[:, :, part] = forced | _smallest_set(mass, forced, earlier, tile_p(top_p), -(-min_tokens // BLOCK))
+        chosen[:, :, part] = forced | _smallest_set(mass, forced, earlier, tile_p(top_p), ceil_div(min_tokens, BLOCK))
     return chosen
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import starts
+from .common import ceil_div, starts
 
 
 def index_scores_reference(
@@ -77,7 +77,7 @@ def top_p_set_reference(
         # -1 keeps keys outside the row's sight below a valid key of zero mass
         return _select(mass.masked_fill(~valid, -1.0), None, top_p, min_tokens) & valid
     batch, size = scores.shape[0], scores.shape[-1]
-    blocks = -(-size // block_size)
+    blocks = ceil_div(size, block_size)
     position = torch.arange(size, device=scores.device) - starts(start, batch, scores.device)[:, None]
     # padding goes to block 0 with no mass and no tokens
     block = position.clamp_min(0).div(block_size, rounding_mode="floor")[:, None, None, :].expand_as(scores)

@@ -400,10 +400,9 @@ class _Step:
     def chunk(self, out: torch.Tensor, view) -> None:
         """A further piece of the prompt: earlier keys come from the cache."""
         plan = self.plan
-        in_window = tuple(h for h in plan.local if plan.window_slot[plan.kv_head(h)] >= 0)
-        rows = tuple(plan.window_slot[plan.kv_head(h)] for h in in_window)
+        rows = tuple(plan.window_slot[plan.kv_head(h)] for h in plan.local_window)
         self._local(
-            out, self.query, view.tail_key, view.tail_value, in_window, rows,
+            out, self.query, view.tail_key, view.tail_value, plan.local_window, rows,
             q_start=view.q_start, kv_start=view.tail_start, sink_key=view.sink_key, sink_value=view.sink_value,
         )  # fmt: skip
         index_key = view.index_key[:, :, : view.length] if self.selects else None
@@ -431,7 +430,7 @@ class _Step:
         held twice. `fresh`: this forward's own tokens stand in them as they came, not as they were stored.
         """
         plan, length = self.plan, view.length
-        shared = tuple(h for h in plan.local if plan.full_slot[plan.kv_head(h)] >= 0)
+        shared = plan.local_full
         everyone = tuple(range(len(plan.retrieval)))
         if view.key_scale is None:
             rows = tuple(plan.full_slot[plan.kv_head(h)] for h in shared)
@@ -643,7 +642,7 @@ class _Step:
     def _shared_rows(self, tile, query, index_query, slots, key, value) -> tuple[int, ...]:
         """Rows `slots` `[B, R]` of the local heads that read the full store in a decode step; returns the heads."""
         plan, config = self.plan, self.layer.config
-        heads = tuple(h for h in plan.local if plan.full_slot[plan.kv_head(h)] >= 0)
+        heads = plan.local_full
 
         def near(seen: SelectionTile) -> torch.Tensor:
             distance = seen.slots[:, None, :, None] - torch.arange(seen.key.shape[2], device=slots.device)

@@ -72,6 +72,16 @@ class HeadPlan:
         return tuple(self.kv_head(h) for h in self.local)
 
     @cached_property
+    def local_full(self) -> tuple[int, ...]:
+        """Local heads that read the full store: their KV head serves a retrieval head too."""
+        return tuple(h for h in self.local if self.kv_head(h) in self.full_kv)
+
+    @cached_property
+    def local_window(self) -> tuple[int, ...]:
+        """Local heads that read the window store."""
+        return tuple(h for h in self.local if self.kv_head(h) in self.window_kv)
+
+    @cached_property
     def index_key_kv(self) -> tuple[int, ...]:
         """Per row of the index store, the KV head whose keys it projects."""
         if not self.indexed:

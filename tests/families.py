@@ -117,3 +117,14 @@ def padded_batch(lengths: tuple[int, ...] = (7, 11), *, seed: int = 1) -> tuple[
         ids[row, : width - length] = 0
         mask[row, : width - length] = 0
     return ids, mask
+
+
+def allocated_bytes(cache) -> int:
+    """Bytes of the memory behind a cache's tensors, each allocation counted once."""
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        for tensor in vars(layer).values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    return sum(held.values())

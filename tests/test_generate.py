@@ -6,7 +6,7 @@ The window is 8 tokens and the generations run far past it: the ring wraps many 
 
 import pytest
 import torch
-from families import everything_retrieves, padded_batch, tiny_base
+from families import allocated_bytes, everything_retrieves, padded_batch, tiny_base
 from transformers import DynamicCache, TextIteratorStreamer, pipeline
 
 from rtpurbo_hf.modeling.cache_rtpurbo import SLACK
@@ -423,13 +423,7 @@ def test_memory_is_what_nbytes_says():
     cache = model.new_cache()
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    held = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in cache.layers
-        for tensor in vars(layer).values()
-        if isinstance(tensor, torch.Tensor)
-    }
-    assert sum(held.values()) == cache.nbytes()["total"]
+    assert allocated_bytes(cache) == cache.nbytes()["total"]
     layer = cache.layers[0]
     assert layer.window_keys.shape[2] <= 2 + 8 + 64
     assert layer.keys.shape[1] == 2

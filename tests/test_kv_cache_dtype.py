@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from families import padded_batch
+from families import allocated_bytes, padded_batch
 from test_generate import GREEDY, NEW, make
 
 from rtpurbo_hf.info import checkpoint_info
@@ -259,13 +259,7 @@ def test_bytes_are_what_nbytes_info_and_the_prediction_say(name):
     cache = model.new_cache()
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    held = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in cache.layers
-        for tensor in vars(layer).values()
-        if isinstance(tensor, torch.Tensor)
-    }
-    assert sum(held.values()) == cache.nbytes()["total"]
+    assert allocated_bytes(cache) == cache.nbytes()["total"]
     facts = checkpoint_info(model.config, context=3000, dtype=torch.float32)
     assert facts.kv_cache_dtype == name
     assert facts.kv_bytes == cache.nbytes()

@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..kernels.indexed import Selector
-from ..kernels.kv_quant import KV_DTYPES
-from ..modeling.configuration_rtpurbo import RETRIEVAL_PREFILL
+from ..modeling.configuration_rtpurbo import KV_CACHE_DTYPES, RETRIEVAL_PREFILL
 from ..modeling.modeling_rtpurbo import RTPurboForCausalLM
 from . import selectors
 
@@ -37,7 +36,7 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "prefill": ("retrieval_prefill", str),
     "kv": ("kv_cache_dtype", str),
 }
-_CHOICES = {"prefill": RETRIEVAL_PREFILL, "kv": ("auto", *KV_DTYPES)}
+_CHOICES = {"prefill": RETRIEVAL_PREFILL, "kv": KV_CACHE_DTYPES}
 _OF_MODE = {"dense": (), "streaming": ("window", "sinks"), "headwise": ("window", "sinks"), "sparse": tuple(SETTINGS)}
 
 
