@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rtpurbo_hf.kernels import sink_window, sink_window_hopper
+from rtpurbo_hf.kernels import sink_window, sink_window_hopper, sink_window_triton
 from rtpurbo_hf.kernels.sink_window import sink_window_attention
 
 pytestmark = [
@@ -183,7 +183,7 @@ def test_keys_beyond_two_to_the_31_elements(path):
 
 
 def test_lengths_do_not_recompile(path):
-    kernel = sink_window._sink_window_kernel
+    kernel = sink_window_triton._sink_window_kernel
     if path == "default" and torch.cuda.get_device_capability()[0] == 9:
         kernel = sink_window_hopper._sink_window_hopper_kernel
     sizes = []
