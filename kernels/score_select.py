@@ -146,8 +146,12 @@ if HAS_TRITON:
         that will read them.
         """
         if PDL:
+            # what follows COMPACT may start beside SCORE already: it has work that needs neither
+            if COMPACT:
+                tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+            if SCORE:
+                tl.extra.cuda.gdc_launch_dependents()
         TILE: tl.constexpr = ROWS * LANES
         UNITS: tl.constexpr = TILE // BLOCK
         i_row = tl.program_id(0) // num_splits
@@ -341,6 +345,7 @@ _SCORE_CONFIG = {
     "warps": 4,
     "stages": 3,
     "registers": 255,
+    "compact_registers": 255,
     "writers": 8,
     "assembly": True,
 }
@@ -592,9 +597,9 @@ def launch_select(
         "BLOCK_D": next_power_of_2(key.shape[3]),
         "KV_LIMIT": 0.0 if key_scale is None else kv_limit(full_key),
         "num_warps": _SCORE_CONFIG["warps"],
-        "maxnreg": _SCORE_CONFIG["registers"],
     }
-    for phase, ctas in (("SCORE", rows * splits + writers), ("COMPACT", rows * splits)):
-        own = {"SCORE": phase == "SCORE", "COMPACT": phase == "COMPACT"}
+    phases = ("SCORE", rows * splits + writers, "registers"), ("COMPACT", rows * splits, "compact_registers")
+    for phase, ctas, registers in phases:
+        own = {"SCORE": phase == "SCORE", "COMPACT": phase == "COMPACT", "maxnreg": _SCORE_CONFIG[registers]}
         _score_select_kernel[(ctas,)](*arguments, **constants, **own, **launch_options(device))
     return selection

@@ -78,7 +78,7 @@ class DecodeWorkspace:
         self.sums = torch.empty(splits * HISTOGRAM_BINS, dtype=torch.int32, device=device)
         self.peak = torch.empty(splits, dtype=torch.int32, device=device)
         self.state = torch.zeros(rows * 2, dtype=torch.int32, device=device)
-        slots = 2 * self.ctas * self.tile_rows
+        slots = 4 * self.ctas * self.tile_rows
         self.partial = torch.empty(slots * head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(slots * 2, dtype=torch.float32, device=device)
 
