@@ -143,8 +143,9 @@ def decode_attention_reference(
     return out
 
 
-# by capability: CTAs a multiprocessor holds, keys of a tile for 128 dimensions, warps, pipeline stages
-_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 32, "warps": 4, "stages": 5, "registers": 255, "lead": 2}
+# measured on an H100: CTAs a multiprocessor holds, keys of a tile for 128 dimensions, warps, pipeline stages, registers
+# of a thread (what is left holds the selection's CTAs, beside which local heads run), empty units of an item
+_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 32, "warps": 4, "stages": 3, "registers": 168, "lead": 2}
 
 
 def _layer_tables(
@@ -418,7 +419,7 @@ def launch_attend(
         "STAGES": _ATTEND_CONFIG["stages"],
         "QUANTISED": key_scale is not None,
         "num_warps": _ATTEND_CONFIG["warps"] if block_m <= 32 else 8,
-        "maxnreg": _ATTEND_CONFIG["registers"],
+        "maxnreg": _ATTEND_CONFIG["registers"] if block_d <= 128 else 255,
     }
     slices = batch * q_len * num_heads * (block_d // constants["SLICE"])
     for phase, grid in (("PARTIAL", shares), ("COMBINE", min(slices, 4 * num_processors(device)))):

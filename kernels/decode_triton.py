@@ -493,6 +493,11 @@ if HAS_TRITON:
                     HEAD_DIM, BLOCK_M, BLOCK_D, HAS_SINK_LOGITS,
                 )  # fmt: skip
                 i_unit = stop_unit
+        # before the wait: a lookup by row would be one more way to memory after it
+        b_entry = o_listed // q_len % tl.maximum(num_retrieval, 1)
+        m_listed = o_listed < batch * num_retrieval * q_len
+        b_heads = tl.load(p_retrieval + b_entry, mask=m_listed, other=0)
+        b_stores = tl.load(p_retrieval + num_retrieval + b_entry, mask=m_listed, other=0)
         if PDL and PARTIAL and EARLY:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
@@ -511,9 +516,8 @@ if HAS_TRITON:
                 item_first = tl.sum(tl.where(o_listed == i_item, b_list_ends, 0), 0) - item_units
                 stop_unit = tl.minimum(end_unit, item_first + item_units)
                 i_far = (i_item // q_len // num_retrieval).to(tl.int64)
-                i_entry = (i_item // q_len) % num_retrieval
-                i_head = tl.load(p_retrieval + i_entry)
-                i_store = tl.load(p_retrieval + num_retrieval + i_entry).to(tl.int64)
+                i_head = tl.sum(tl.where(o_listed == i_item, b_heads, 0), 0)
+                i_store = tl.sum(tl.where(o_listed == i_item, b_stores, 0), 0).to(tl.int64)
                 o_head = i_head + o_m * 0
                 o_query = i_item % q_len + o_m * 0
                 m_rows = o_m < 1

@@ -336,7 +336,8 @@ if HAS_TRITON:
 
 
 # measured on an H100: CTAs a multiprocessor holds, keys of a tile for one dimension, units listed at a time (and from
-# _LONG slots on), warps, pipeline stages
+# _LONG slots on), warps, pipeline stages, registers of a thread in the two phases. With 88 COMPACT spills a little, but
+# its CTAs find room beside SCORE's: 8-bit keys at 128K take 17.5 us instead of 21.5.
 _SCORE_CONFIG = {
     "ctas": 2,
     "tile_keys": 1024,
@@ -345,7 +346,7 @@ _SCORE_CONFIG = {
     "warps": 4,
     "stages": 3,
     "registers": 255,
-    "compact_registers": 255,
+    "compact_registers": 88,
     "writers": 8,
     "assembly": True,
 }

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 Case = Callable[[], Any]
+GRAPH_CALLS = 32
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def measure(
 
     Args:
         fn: the call, or one call for each of several input sets (`input_sets` says how many), in rotation.
-        graph: capture the calls in a CUDA graph and time its replays: no launch overhead.
+        graph: capture the calls in a CUDA graph, in rotation until it holds `GRAPH_CALLS` of them, as a model's layers
+            follow one another, and time its replays: no launch overhead of each call, little of the graph's.
         warmup: untimed rounds before the timed ones (compilation, clocks); 0 suits second-long calls.
         repeats: timed rounds. budget_ms: stop early, after two rounds or more, once they took this long.
     """
@@ -137,8 +139,9 @@ def measure(
         raise ValueError(f"measure needs at least one call and one repeat, got {len(cases)} and {repeats}")
     share = 1
     if graph:
+        cases = cases * math.ceil(GRAPH_CALLS / len(cases))
         share = len(cases)
-        cases = [capture(cases, warmup=max(warmup, 1)).replay]
+        cases = [capture(cases, warmup=1).replay]
     for turn in range(warmup):
         cases[turn % len(cases)]()
     torch.cuda.synchronize()

@@ -22,6 +22,7 @@ KNOWN_WITH = "3.9."
 KNOWN_SPILLS = {
     (80, "sink_window_triton._sink_window_kernel"): 260,
     (90, "sink_window_hopper._sink_window_hopper_kernel"): 1048,
+    (90, "score_select._score_select_kernel"): 184,
     (90, "indexer_kl_triton._rows_kernel"): 424,
     (90, "indexer_kl_triton._keys_kernel"): 248,
     (90, "window_gradient_triton._keys_kernel"): 668,
