@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..kernels.rotate_step import rotate_reference
+from ..kernels.rotate import rotate_reference
 
 # what transformers calls the cache, in arguments and in outputs
 CACHE_ARGUMENT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

@@ -43,6 +43,7 @@ from .families_rtpurbo import (
 )
 from .graph_rtpurbo import graph_for
 from .indexer_rtpurbo import RTPurboIndexer, index_rotation
+from .norm_rtpurbo import fuse_norms
 from .padding_rtpurbo import check_positions, left_padding
 from .plan_rtpurbo import HeadPlan
 
@@ -141,6 +142,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 )
         for module in attention_modules(self.model):
             module.rtpurbo_backend = config.attention_backend
+        fuse_norms(self.model, config)
         for module in converted:
             plans = self._plans(tuple(heads[module.layer_idx]))
             module.indexer = None

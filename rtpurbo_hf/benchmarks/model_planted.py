@@ -113,10 +113,10 @@ class PlantedIndex:
         for indexer in self.indexers:
             del indexer.queries, indexer.keys
 
-    def _instead(self, indexer, project, number: int, vectors: torch.Tensor, *where) -> torch.Tensor:
+    def _instead(self, indexer, project, number: int, vectors: torch.Tensor, *where, **options) -> torch.Tensor:
         if vectors.shape[0] != 1 or vectors.shape[2] != self.length:
             raise ValueError(f"planted for prefills of [1, {self.length}] tokens, got {tuple(vectors.shape[::2])}")
-        project(vectors, *where)
+        project(vectors, *where, **options)
         return self.vectors(indexer)[number]
 
     @torch.no_grad()

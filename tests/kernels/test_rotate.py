@@ -1,11 +1,11 @@
-"""RoPE of a decode step: the kernel against the base models' own function, and which families it serves."""
+"""RoPE: the kernel against the base models' own function, and which families it serves."""
 
 import pytest
 import torch
 from families import FAMILY_OPTIONS, tiny_base
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rtpurbo_hf.kernels.rotate_step import rotate_reference, rotate_step
+from rtpurbo_hf.kernels.rotate import TOKENS, rotate, rotate_reference
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
 
 
@@ -14,17 +14,39 @@ def test_same_as_llama(rows):
     torch.manual_seed(0)
     query, key = torch.randn(2, 3, 4, 24).transpose(1, 2), torch.randn(2, 2, 3, 24)
     angle = torch.randn(rows, 3, 12).repeat(1, 1, 2)
-    got = rotate_step(query, key, angle.cos(), angle.sin())
+    got = rotate(query, key, angle.cos(), angle.sin())
     expected = apply_rotary_pos_emb(query, key, angle.cos(), angle.sin())
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rotate_reference(query, angle.cos(), angle.sin()), expected[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("q_len", "dim"), [(1, 64), (63, 96), (111, 80), (2 * TOKENS + 1, 16)])
+def test_a_prefill_as_projections_leave_it(q_len, dim, dtype):
+    """Bit for bit the base's own rounding, in the layout of the inputs."""
+    torch.manual_seed(q_len)
+    query, key = (torch.randn(3, q_len, heads, dim, dtype=dtype).transpose(1, 2) for heads in (5, 1))
+    angle = torch.randn(1, q_len, dim // 2).repeat(1, 1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    got = rotate(query, key, cos, sin)
+    for one, other, given in zip(got, apply_rotary_pos_emb(query, key, cos, sin), (query, key), strict=True):
+        assert one.stride() == given.stride()
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_no_tokens_and_odd_heads():
+    cos = torch.zeros(1, 0, 16)
+    assert rotate(torch.zeros(1, 2, 0, 16), torch.zeros(1, 1, 0, 16), cos, cos)[1].shape == (1, 1, 0, 16)
+    cos = torch.zeros(1, 3, 15)
+    with pytest.raises(ValueError, match="even number of dimensions"):
+        rotate(torch.zeros(1, 2, 3, 15), torch.zeros(1, 1, 3, 15), cos, cos)
+
+
 def test_cos_must_cover_the_head():
     query, key, cos = torch.zeros(1, 2, 1, 16), torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 8)
     with pytest.raises(ValueError, match=r"must be \[1, 1, 16\]"):
-        rotate_step(query, key, cos, cos)
+        rotate(query, key, cos, cos)
 
 
 @pytest.mark.parametrize(
