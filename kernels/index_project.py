@@ -101,7 +101,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _precise_dot(b_x, b_weight, SPLIT: tl.constexpr):
-        """Products with fp32 weights; for 16-bit vectors two products on the matrix units, of the weights' two parts."""
+        """Products with fp32 weights; for 16-bit vectors two on the matrix units, of the weights' two parts."""
         if SPLIT:
             b_high = b_weight.to(b_x.dtype)
             b_low = (b_weight - b_high.to(tl.float32)).to(b_x.dtype)

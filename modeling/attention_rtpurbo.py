@@ -244,9 +244,9 @@ def rtpurbo_attention(
 def _rotate(layer: RTPurboLayer, query, key, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate with the base's own code, or in one launch where the family's rotation is known and nothing is trained."""
     fits = layer.swaps_halves and cos.shape[-1] == query.shape[-1] and cos.dtype == query.dtype
-    if fits and use_triton(layer.config.attention_backend, query) and not torch.compiler.is_compiling():
-        if not needs_grad(query, key, cos):
-            return rotate(query, key, cos, sin)
+    plain = torch.compiler.is_compiling() or needs_grad(query, key, cos)
+    if fits and not plain and use_triton(layer.config.attention_backend, query):
+        return rotate(query, key, cos, sin)
     return layer.rotation(query, key, cos, sin)
 
 

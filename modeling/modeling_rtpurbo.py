@@ -41,9 +41,9 @@ from .families_rtpurbo import (
     head_counts,
     head_dim,
 )
+from .fused_rtpurbo import fuse
 from .graph_rtpurbo import graph_for
 from .indexer_rtpurbo import RTPurboIndexer, index_rotation
-from .norm_rtpurbo import fuse_norms
 from .padding_rtpurbo import check_positions, left_padding
 from .plan_rtpurbo import HeadPlan
 
@@ -142,7 +142,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 )
         for module in attention_modules(self.model):
             module.rtpurbo_backend = config.attention_backend
-        fuse_norms(self.model, config)
+        fuse(self.model, config)
         for module in converted:
             plans = self._plans(tuple(heads[module.layer_idx]))
             module.indexer = None

@@ -228,15 +228,17 @@ def step_inputs(geometry: Geometry) -> None:
 
 
 def prefill_inputs(geometry: Geometry) -> None:
-    """What runs around a prefill's attention: norms of a row and of heads, rotation, and the index projections."""
+    """What runs around a prefill's attention: norms, rotation, index projections, and the product in an MLP."""
     from rtpurbo_hf.kernels.index_project import index_rows
     from rtpurbo_hf.kernels.rms_norm import FORMS, rms_norm
     from rtpurbo_hf.kernels.rotate import rotate
+    from rtpurbo_hf.kernels.silu_product import silu_product
 
     dim, heads = geometry.head_dim, geometry.retrieval
     query, key, _, out = _prefill(geometry, LENGTH)
     cos = _empty(1, LENGTH, dim)
     rotate(query, key, cos, cos)
+    silu_product(out, out)
     for form in FORMS:
         rms_norm(out.flatten(2), _empty(geometry.query_heads * dim), 1e-6, form=form)
         rms_norm(out, _empty(dim), 1e-6, form=form)

@@ -1,4 +1,4 @@
-"""Index projections of a decode step and of many tokens: the kernels (through the interpreter) against the indexer's own products."""
+"""Index projections of a decode step and of many tokens: the kernels against the indexer's products."""
 
 import pytest
 import torch

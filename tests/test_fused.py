@@ -1,4 +1,4 @@
-"""RMSNorms of base models in one pass: which classes are known, and that the model stays the base model."""
+"""Norms and MLPs of base models in fewer passes: which classes are known, and that the model stays the base model."""
 
 import copy
 import pickle
@@ -9,13 +9,20 @@ from families import FAMILY_OPTIONS, everything_retrieves, padded_batch, tiny_ba
 from torch import nn
 
 from rtpurbo_hf.kernels.rms_norm import rms_norm_reference
-from rtpurbo_hf.modeling import norm_rtpurbo
+from rtpurbo_hf.modeling import fused_rtpurbo
+from rtpurbo_hf.modeling.fused_rtpurbo import is_gated_silu, is_known_mlp, norm_form, norm_rule
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
-from rtpurbo_hf.modeling.norm_rtpurbo import norm_form, norm_rule
 
 OFFSET = {"gemma", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_next"}
 PLAIN = {"gpt_oss", "olmo2", "olmo3"}
 NONE = {"cohere", "cohere2", "gpt_neox", "nemotron", "olmo", "phi", "stablelm", "starcoder2"}
+
+
+# gated by another activation, or not by `act_fn(gate_proj) * up_proj` of an MLP of its own
+OTHER_MLP = {
+    "arcee", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "gpt_oss", "lfm2", "minimax_m2", "mixtral",
+    "nemotron", "olmoe", "phi", "phi3", "qwen3_moe", "seed_oss", "starcoder2",
+}  # fmt: skip
 
 
 def wrap(base, **options):
@@ -35,8 +42,8 @@ def test_which_form_a_family_has(family):
     expected = {"offset"} if family in OFFSET else {"plain"} if family in PLAIN else {"rounded"}
     assert found == (set() if family in NONE else expected)
     if family == "qwen3":
-        layers = model.config.num_hidden_layers
-        assert len(norms(model)) == 4 * layers + 1
+        assert len(norms(model)) == 4 * model.config.num_hidden_layers + 1
+    assert any(hasattr(module, "rtpurbo_mlp") for module in model.modules()) == (family not in OTHER_MLP)
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def counted(monkeypatch):
         calls.append(form)
         return rms_norm_reference(hidden, weight, eps, form=form)
 
-    monkeypatch.setattr(norm_rtpurbo, "rms_norm", count)
+    monkeypatch.setattr(fused_rtpurbo, "rms_norm", count)
     return calls
 
 
@@ -62,6 +69,21 @@ def test_the_model_stays_the_base_model(family):
         expected = base(ids, attention_mask=mask).logits
         got = model(ids, attention_mask=mask).logits
     assert (got - expected)[real].abs().max() < 1e-5 * max(1.0, float(expected[real].abs().max()))
+
+
+def test_adapters_on_the_parts_of_an_mlp_are_called():
+    """Regression guard: the parts of a fused MLP are called as modules, not read as weights."""
+    model = wrap(tiny_base("llama"), attention_backend="triton")
+    mlp = next(module for module in model.modules() if hasattr(module, "rtpurbo_mlp"))
+    hidden, called = torch.randn(1, 2, mlp.gate_proj.in_features), []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(mlp, name).register_forward_hook(lambda *args, name=name: called.append(name))
+    with torch.no_grad():
+        got = mlp(hidden)
+        assert called == ["gate_proj", "up_proj", "down_proj"]
+        torch.testing.assert_close(got, type(mlp).forward(mlp, hidden))
+    mlp(hidden).sum().backward()
+    assert mlp.gate_proj.weight.grad is not None
 
 
 def test_the_reference_backend_and_gradients_keep_the_base_code(counted):
@@ -114,7 +136,7 @@ class _Same(_Shifted):
         return 0.0
 
 
-class _Gated(_Same):
+class _TwoArguments(_Same):
     def forward(self, hidden, gate=None):
         return super().forward(hidden)
 
@@ -122,10 +144,38 @@ class _Gated(_Same):
 def test_nearly_is_not_enough():
     assert norm_form(_Same, 1e-6) == "plain"
     assert norm_form(_Shifted, 1e-6) is None
-    assert norm_form(_Gated, 1e-6) is None
+    assert norm_form(_TwoArguments, 1e-6) is None
     assert norm_rule(_Same(8), None).eps == 1e-6
     for module in (_Same(8, eps=None), nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(4, 4, bias=False), nn.Embedding(4, 4)):
         assert norm_rule(module, None) is None
     buffered = _Same(8)
     buffered.register_buffer("offset", torch.zeros(8))
     assert norm_rule(buffered, None) is None
+
+
+class _Swapped(nn.Module):
+    """Nearly a gated MLP."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.act_fn = act
+
+    def forward(self, hidden):
+        return self.down_proj(self.gate_proj(hidden) * self.act_fn(self.up_proj(hidden)))
+
+
+class _Right(_Swapped):
+    def forward(self, hidden):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+def test_which_mlps_are_known():
+    assert is_gated_silu(_Right)
+    assert is_known_mlp(_Right(nn.SiLU()))
+    assert not is_known_mlp(_Right(nn.GELU()))
+    assert not is_known_mlp(_Swapped(nn.SiLU()))
+    extended = _Right(nn.SiLU())
+    extended.dropout = nn.Dropout(0.1)
+    assert not is_known_mlp(extended)
+    assert not is_known_mlp(nn.Linear(4, 4))
