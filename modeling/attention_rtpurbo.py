@@ -2,7 +2,8 @@
 
 A forward pre-hook on each full-attention module of the base swaps in identity position embeddings and withholds the
 cache. The base's own forward then hands q and k to the attention function as they were before RoPE (after any q/k
-norm); the function rotates them with the base's own code, updates the cache and attends.
+norm); the function rotates them with the base's own code, updates the cache and attends. Where it can be, the base's
+forward is a copy that does not call its rotation at all: even the identity costs passes over q and k.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
 from ..kernels.sparse_prefill import sparse_prefill_attention
 from .cache_rtpurbo import CacheView, RTPurboCache
-from .families_rtpurbo import CACHE_ARGUMENT, IDENTITY, Family, rotation, skips_identity, swaps_halves
+from .families_rtpurbo import (
+    CACHE_ARGUMENT,
+    IDENTITY,
+    Family,
+    rotation,
+    skips_identity,
+    swaps_halves,
+    unrotated_forward,
+)
 from .plan_rtpurbo import HeadPlan
 
 ATTENTION_NAME = "rtpurbo"
@@ -108,10 +117,16 @@ class RTPurboLayer:
         self.rotation = rotation(attention, family)
         self.swaps_halves = self.rotation is not None and not family.partial_rotary and swaps_halves(self.rotation)
         self.skips_identity = self.swaps_halves and skips_identity(self.rotation)
-        self.signature = inspect.signature(attention.forward)
+        self.signature = inspect.signature(type(attention).forward.__get__(attention))
         known = CACHE_ARGUMENT in self.signature.parameters
         self.cache_argument = CACHE_ARGUMENT if known else family.cache_argument
         self.state: ForwardState | None = None
+
+
+def attention_forward(attention: nn.Module, *args, **kwargs):
+    """The module's own forward, less its rotation where that can be left out: the attention function rotates."""
+    forward = None if torch.compiler.is_compiling() else unrotated_forward(type(attention))
+    return (forward or type(attention).forward)(attention, *args, **kwargs)
 
 
 @lru_cache(maxsize=64)

@@ -1,11 +1,14 @@
 """RoPE: the kernel against the base models' own function, and which families it serves."""
 
+import functools
+
 import pytest
 import torch
 from families import FAMILY_OPTIONS, tiny_base
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rtpurbo_hf.kernels.rotate import TOKENS, rotate, rotate_reference
+from rtpurbo_hf.modeling.families_rtpurbo import _rebound, unrotated_forward
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
 
 
@@ -66,3 +69,67 @@ def test_which_families_skip_the_identity(family, skips):
     base = tiny_base(family)
     model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[0]] * base.config.num_hidden_layers)
     assert {module.rtpurbo.skips_identity for module in model.converted()} == {skips}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_OPTIONS))
+def test_which_families_leave_their_rotation_out(family):
+    """All but those that slice the rotated dimensions themselves, with transformers' decorators around the forward."""
+    base = tiny_base(family)
+    model = RTPurboForCausalLM.from_base(base, retrieval_heads=[[]] * base.config.num_hidden_layers)
+    left_out = {unrotated_forward(type(module)) is not None for module in model.converted()}
+    own = {"forward" in vars(module) for module in model.converted()}
+    assert left_out == {True}
+    assert own == {family not in ("phi", "stablelm")}
+
+
+def test_the_rotation_of_the_base_itself_stays():
+    base = tiny_base("llama").eval()
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = base(ids).logits
+        unrotated_forward(type(base.model.layers[0].self_attn))
+        assert torch.equal(base(ids).logits, expected)
+
+
+def _decorated(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs) + 1
+
+    return call
+
+
+def _forgetful(function):
+    """A decorator whose inner function cannot be exchanged."""
+    held = [function]
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return held[0](*args, **kwargs)
+
+    return call
+
+
+def apply_rotary_pos_emb_stand_in(query, key):
+    raise AssertionError("the rotation must not be called")
+
+
+def _attend(query, *, scale=2):
+    query, _ = apply_rotary_pos_emb_stand_in(query, None)
+    return query * scale
+
+
+def test_a_forward_is_copied_with_its_decorators():
+    name = "apply_rotary_pos_emb_stand_in"
+    made = _rebound(_decorated(_decorated(_attend)), name, lambda query, key: (query, key))
+    assert made(3) == 8
+    assert made(3, scale=4) == 14
+    with pytest.raises(AssertionError, match="must not be called"):
+        _attend(3)
+    assert _rebound(_forgetful(_attend), name, None) is None
+    assert _rebound(_decorated(print), name, None) is None
+    assert _rebound(_rows, name, None) is None
+
+
+def _rows():
+    return 1
