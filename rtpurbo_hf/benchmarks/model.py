@@ -347,7 +347,7 @@ def run_model_benchmark(
     """Run, check and store the model benchmark; needs a CUDA device.
 
     Every row is stored as soon as it is measured. Parts may run in several calls with one `name`: rows of earlier
-    calls stay, if they are of the same device, versions, commit and preset.
+    calls stay, if they are of the same device, versions and preset; each names its commit.
 
     Args:
         preset: `"quick"` or `"paper"` (lengths up to 256K, batches 1 and 4: some minutes).

@@ -35,7 +35,8 @@ STATIC_LIMIT = 131_072
 AGAIN_MS = 40_000
 # prefills of up to this many tokens are run once before they are timed, so that the memory is there already
 WARM_LIMIT = 131_072
-COMPILED_TOLERANCE = 5e-2
+# through all layers of a random model, where the compiler rounds less often; a step on a wrong cache is off by 1
+COMPILED_TOLERANCE = 0.2
 KERNELS = {SDPBackend.FLASH_ATTENTION: "FA2", SDPBackend.CUDNN_ATTENTION: "cuDNN"}
 STATIC, PACKED_NAME, COMPILED = "StaticCache + SDPA", "packed FA2 split-KV", "torch.compile(reduce-overhead)"
 
