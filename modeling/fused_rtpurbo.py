@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,7 +86,8 @@ def norm_rule(module: nn.Module, config) -> NormRule | None:
     if len(module._parameters) > 1 or module._buffers or module._modules:
         return None
     eps = next((value for name in _EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
-    form = None if eps is None or eps <= 0 else norm_form(type(module), eps)
+    kind: Any = type(module)
+    form = None if eps is None or eps <= 0 else norm_form(kind, eps)
     return None if form is None or eps is None else NormRule(form, eps, config)
 
 
@@ -100,7 +102,7 @@ def is_gated_silu(cls: type[nn.Module]) -> bool:
         sizes = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
         weights = {name: torch.randn(size, generator=generator, device="cpu") for name, size in sizes.items()}
         for name, weight in weights.items():
-            linear = nn.Linear(*reversed(weight.shape), bias=False, device="cpu", dtype=torch.float32)
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cpu", dtype=torch.float32)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             setattr(module, name, linear)
         module.act_fn = act
@@ -119,7 +121,8 @@ def is_known_mlp(module: nn.Module) -> bool:
     """Whether a module is an MLP gated by SiLU whose forward is known exactly."""
     if tuple(sorted(module._modules)) != _MLP_PARTS or module._parameters or module._buffers:
         return False
-    return type(module.act_fn) in _SILU and is_gated_silu(type(module))
+    kind: Any = type(module)
+    return type(module.act_fn) in _SILU and is_gated_silu(kind)
 
 
 def _serves(config, *tensors: torch.Tensor) -> bool:
@@ -149,6 +152,7 @@ def _mlp_forward(module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def fuse(model: nn.Module, config) -> None:
     """Let every RMSNorm and gated MLP of `model` that is known exactly run in fewer passes, as `config` says."""
+    module: Any
     for module in model.modules():
         rule = norm_rule(module, config)
         if rule is not None:

@@ -186,7 +186,8 @@ def bytes_row(model, length: int, ms: float, cache: RTPurboCache, allocated: int
 
 def first_tokens(model, length: int) -> tuple[float, int, RTPurboCache]:
     """Milliseconds of a prefill and its first token, the peak of the allocated bytes, and the cache that it leaves."""
-    ids, held = prompt(length), []
+    ids = prompt(length)
+    held: list[RTPurboCache] = []
     torch.cuda.reset_peak_memory_stats()
 
     def run() -> int:
