@@ -13,7 +13,7 @@ CHECKED := $(ROOMS) tests
 BENCH ?= kernels --output build/bench
 
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-training results-smollm2-8k \
+.PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-model results-training results-smollm2-8k \
 	results-gemma3-32k results-ablation results-sparse-prefill
 
 help:
@@ -91,7 +91,7 @@ SMOLLM2 := smollm2-135m --preset default --context 8192 --window 2048 --learning
 GEMMA3 := gemma3-270m --preset default --context 32768 --window 8192 --steps 300 --train-blocks 24
 TOGETHER := --compare base --suite ppl,passkey,sparsity --device cuda
 
-results: results-kernels results-training results-smollm2-8k results-gemma3-32k results-ablation results-sparse-prefill
+results: results-kernels results-model results-training results-smollm2-8k results-gemma3-32k results-ablation results-sparse-prefill
 
 # From Debian packages and Python's sources: a machine that lacks them takes the folders of one that has them.
 $(RESULTS)/texts: | $(TOOL)
@@ -102,6 +102,9 @@ $(RESULTS)/long-texts: | $(TOOL)
 
 results-kernels: $(TOOL)
 	$(RTPURBO) bench kernels --preset paper --name kernels-h100 --output $(RESULTS)
+
+results-model: $(TOOL)
+	$(RTPURBO) bench model --preset paper --name model-h100 --output $(RESULTS)
 
 results-training: $(TOOL)
 	$(RTPURBO) bench training --preset paper --name training-h100 --output $(RESULTS)

@@ -2,7 +2,8 @@
 
 A forward pre-hook on each full-attention module of the base swaps in identity position embeddings and withholds the
 cache. The base's own forward then hands q and k to the attention function as they were before RoPE (after any q/k
-norm); the function rotates them with the base's own code, updates the cache and attends.
+norm); the function rotates them with the base's own code, updates the cache and attends. Where it can be, the base's
+forward is a copy that does not call its rotation at all: even the identity costs passes over q and k.
 """
 
 from __future__ import annotations
@@ -16,16 +17,25 @@ import torch
 from torch import nn
 
 from ..kernels.common import index_tensor, use_triton
+from ..kernels.custom_op import needs_grad
 from ..kernels.decode import decode_attention, decode_step
 from ..kernels.dense import dense_attention
 from ..kernels.indexed import SelectionTile, Selector, indexed_attention_reference
 from ..kernels.kv_quant import dequantize_kv, kv_dtype, rounded_kv
-from ..kernels.rotate_step import rotate_step
+from ..kernels.rotate import rotate
 from ..kernels.score_select import select_top_p
 from ..kernels.sink_window import sink_window_attention
 from ..kernels.sparse_prefill import sparse_prefill_attention
 from .cache_rtpurbo import CacheView, RTPurboCache
-from .families_rtpurbo import CACHE_ARGUMENT, IDENTITY, Family, rotation, skips_identity, swaps_halves
+from .families_rtpurbo import (
+    CACHE_ARGUMENT,
+    IDENTITY,
+    Family,
+    rotation,
+    skips_identity,
+    swaps_halves,
+    unrotated_forward,
+)
 from .plan_rtpurbo import HeadPlan
 
 ATTENTION_NAME = "rtpurbo"
@@ -107,10 +117,16 @@ class RTPurboLayer:
         self.rotation = rotation(attention, family)
         self.swaps_halves = self.rotation is not None and not family.partial_rotary and swaps_halves(self.rotation)
         self.skips_identity = self.swaps_halves and skips_identity(self.rotation)
-        self.signature = inspect.signature(attention.forward)
+        self.signature = inspect.signature(type(attention).forward.__get__(attention))
         known = CACHE_ARGUMENT in self.signature.parameters
         self.cache_argument = CACHE_ARGUMENT if known else family.cache_argument
         self.state: ForwardState | None = None
+
+
+def attention_forward(attention: nn.Module, *args, **kwargs):
+    """The module's own forward, less its rotation where that can be left out: the attention function rotates."""
+    forward = None if torch.compiler.is_compiling() else unrotated_forward(type(attention))
+    return (forward or type(attention).forward)(attention, *args, **kwargs)
 
 
 @lru_cache(maxsize=64)
@@ -183,7 +199,7 @@ def rtpurbo_attention(
     query_pre, key_pre = query, key
     state = rtpurbo_state
     if layer.rotation is not None:
-        query, key = _rotate(layer, state, query, key, cos, sin)
+        query, key = _rotate(layer, query, key, cos, sin)
         # under autocast cos and sin are fp32, and so is what they rotate
         query, key = query.to(value.dtype), key.to(value.dtype)
     device = query.device
@@ -210,8 +226,10 @@ def rtpurbo_attention(
                 query_pre, key_pre, positions, rotation, dtype=dtype, backend=layer.config.attention_backend
             )
         else:
-            index_query = module.indexer.queries(query_pre, positions, rotation).to(dtype)
-            index_key = module.indexer.keys(key_pre, positions, rotation).to(dtype)
+            how = {"dtype": dtype, "backend": layer.config.attention_backend}
+            if layer.config.retrieval_prefill != "dense" or state.decode_rows is not None:
+                index_query = module.indexer.queries(query_pre, positions, rotation, **how)
+            index_key = module.indexer.keys(key_pre, positions, rotation, **how)
     # an offloaded layer leaves the device as soon as it is updated: what is written later would be lost
     offloaded = cache is not None and cache.offloading
     step = _Step(layer, plan, state, options, query, key, value, index_query, index_key, offloaded)
@@ -238,11 +256,12 @@ def rtpurbo_attention(
     return out, None
 
 
-def _rotate(layer: RTPurboLayer, state: ForwardState, query, key, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate with the base's own code, or in one launch in a decode step of a family whose rotation is known."""
-    fits = layer.swaps_halves and state.is_decode and cos.shape[-1] == query.shape[-1] and cos.dtype == query.dtype
-    if fits and use_triton(layer.config.attention_backend, query) and not torch.compiler.is_compiling():
-        return rotate_step(query, key, cos, sin)
+def _rotate(layer: RTPurboLayer, query, key, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate with the base's own code, or in one launch where the family's rotation is known and nothing is trained."""
+    fits = layer.swaps_halves and cos.shape[-1] == query.shape[-1] and cos.dtype == query.dtype
+    plain = torch.compiler.is_compiling() or needs_grad(query, key, cos)
+    if fits and not plain and use_triton(layer.config.attention_backend, query):
+        return rotate(query, key, cos, sin)
     return layer.rotation(query, key, cos, sin)
 
 

@@ -40,6 +40,13 @@ def _grown(capacity: int, needed: int) -> int:
     return max(needed, capacity + max(256, capacity // 8))
 
 
+def runs(heads: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """First and last of each run of consecutive numbers in an ascending list."""
+    first = [head for head in heads if head - 1 not in heads]
+    last = [head for head in heads if head + 1 not in heads]
+    return tuple(zip(first, last, strict=True))
+
+
 def ring_slots(position: torch.Tensor, num_sinks: int, ring: int) -> torch.Tensor:
     """Slots in the window store of logical positions (negative positions are clamped to 0)."""
     wrapped = num_sinks + (position - num_sinks).clamp_min(0) % max(ring, 1)
@@ -222,18 +229,23 @@ class RTPurboCacheLayer(CacheLayerMixin):
             nowhere = (-1,) * self.held.num_kv_heads
             self._append(key, value, index_key, start, length, backend, window_slot=nowhere)
         else:
-            full = index_tensor(self.held.full_kv, key.device)
-            self.keys[:, :, past:total] = key[:, full]
-            self.values[:, :, past:total] = value[:, full]
+            self._write_full(key, value)
             if index_key is not None and index_key.shape[1]:
                 self.index_keys[:, :, past:total] = index_key
         if not self.held.window_kv:
             return {}
         rows = index_tensor(self.held.window_kv, key.device)
-        window_key, window_value = key[:, rows], value[:, rows]
-        tail = self._tail(window_key, window_value, start) if past else {}
-        self._write_window(window_key, window_value, start)
+        tail = self._tail(key[:, rows], value[:, rows], start) if past else {}
+        self._write_window(key, value, start, rows)
         return tail
+
+    def _write_full(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Copy whole runs of heads: picking them by index first would copy twice."""
+        past, total = self.length, self.length + key.shape[2]
+        for first, last in runs(self.held.full_kv):
+            slots = slice(self.held.full_slot[first], self.held.full_slot[last] + 1)
+            self.keys[:, slots, past:total] = key[:, first : last + 1]
+            self.values[:, slots, past:total] = value[:, first : last + 1]
 
     def _leave_dense(self, start: torch.Tensor | None) -> None:
         """Split the full store of all KV heads into the plan's full and window stores."""
@@ -248,7 +260,8 @@ class RTPurboCacheLayer(CacheLayerMixin):
         if self.plan.window_kv and length:
             self.length = 0
             self._reserve(length, start, fresh=True)
-            self._write_window(window_key, window_value, start)
+            everyone = torch.arange(window_key.shape[1], device=window_key.device)
+            self._write_window(window_key, window_value, start, everyone)
         self.length = length
         self.advance(0)
 
@@ -305,7 +318,10 @@ class RTPurboCacheLayer(CacheLayerMixin):
                 new[:, :, sinks:] = moved
             setattr(self, name, new)
 
-    def _write_window(self, key: torch.Tensor, value: torch.Tensor, start: torch.Tensor | None) -> None:
+    def _write_window(
+        self, key: torch.Tensor, value: torch.Tensor, start: torch.Tensor | None, rows: torch.Tensor
+    ) -> None:
+        """Write what the window keeps of the heads `rows` of `key`, `value` `[B, Hkv, M, D]`."""
         sinks, ring, new = self.num_sinks, self.ring, key.shape[2]
         first = self.length - starts(start, key.shape[0], key.device)  # [B] logical position of the first new token
         # ask for each slot which new token belongs there, so that padding and overwritten tokens drop out
@@ -315,10 +331,11 @@ class RTPurboCacheLayer(CacheLayerMixin):
         position = torch.where(slots < sinks, slots, latest)
         source = position - first[:, None]
         taken = ((source >= 0) & (source < new) & ((slots < sinks) | (position >= sinks)))[:, None, :, None]
-        source = source.clamp(0, new - 1)[:, None, :, None]
+        source = source.clamp(0, new - 1)
+        batch = torch.arange(key.shape[0], device=key.device)[:, None, None]
         for name, states in (("window_keys", key), ("window_values", value)):
             store = getattr(self, name)
-            picked = states.gather(2, source.expand(-1, states.shape[1], -1, states.shape[3]))
+            picked = states[batch, rows[:, None], source[:, None]]
             written = torch.where(taken, picked.to(store.dtype), store)
             if self.max_length is None:
                 setattr(self, name, written)

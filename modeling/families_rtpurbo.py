@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from types import CellType, FunctionType
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..kernels.rotate_step import rotate_reference
+from ..kernels.rotate import rotate_reference
 
 # what transformers calls the cache, in arguments and in outputs
 CACHE_ARGUMENT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -209,3 +210,37 @@ def skips_identity(apply: Callable) -> bool:
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     return rotated[0] is query and rotated[1] is key
+
+
+def _unturned(query: torch.Tensor, key: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of a base's rotation."""
+    return query, key
+
+
+def _rebound(function: Callable, name: str, value: object) -> FunctionType | None:
+    """A copy of a function that finds `value` under the global `name`, with its decorators; None: it cannot be made."""
+    if not isinstance(function, FunctionType):
+        return None
+    inner, cells, space = getattr(function, "__wrapped__", None), function.__closure__, function.__globals__
+    if inner is None:
+        if name not in function.__code__.co_names:
+            return None
+        space = {**space, name: value}
+    else:
+        copied = _rebound(inner, name, value)
+        held = [cell.cell_contents is inner for cell in cells or ()]
+        if copied is None or not any(held):
+            return None
+        cells = tuple(CellType(copied) if same else cell for same, cell in zip(held, cells or (), strict=True))
+    made = FunctionType(function.__code__, space, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+@lru_cache(maxsize=64)
+def unrotated_forward(cls: type[nn.Module]) -> Callable | None:
+    """The forward of an attention class without its rotation: not even `rotate_half` is computed. None: not possible.
+
+    The function itself is copied, nothing in its module changes.
+    """
+    return _rebound(cls.forward, "apply_rotary_pos_emb", _unturned)

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ..kernels.index_project import Rotation, index_project, index_project_reference
+from ..kernels.index_project import Rotation, index_project, index_project_reference, index_rows
 from .plan_rtpurbo import HeadPlan
 
 
@@ -67,16 +67,35 @@ class RTPurboIndexer(nn.Module):
         return index_project_reference(vectors, weight, heads=every, rotation=rotation or self.rotation(positions))
 
     def queries(
-        self, query_pre: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None = None
+        self,
+        query_pre: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: Rotation | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "reference",
     ) -> torch.Tensor:
-        """Index queries `[B, n, M, index_dim]` of pre-RoPE queries `[B, Hq, M, D]` at positions `[B, M]`."""
-        rotation = rotation or self.rotation(positions)
-        return index_project_reference(query_pre, self.q_proj, heads=self.plan.retrieval, rotation=rotation)
+        """Index queries `[B, n, M, index_dim]` of pre-RoPE queries `[B, Hq, M, D]` at positions `[B, M]`.
 
-    def keys(self, key_pre: torch.Tensor, positions: torch.Tensor, rotation: Rotation | None = None) -> torch.Tensor:
-        """Index keys `[B, I, M, index_dim]` of pre-RoPE keys `[B, Hkv, M, D]` at positions `[B, M]`."""
+        Projected in fp32 and rounded to `dtype`; `backend` as in `config.attention_backend`.
+        """
         rotation = rotation or self.rotation(positions)
-        return index_project_reference(key_pre, self.k_proj, heads=self.plan.index_key_kv, rotation=rotation)
+        heads = self.plan.retrieval
+        return index_rows(query_pre, self.q_proj, heads=heads, rotation=rotation, dtype=dtype, backend=backend)
+
+    def keys(
+        self,
+        key_pre: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: Rotation | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "reference",
+    ) -> torch.Tensor:
+        """Index keys `[B, I, M, index_dim]` of pre-RoPE keys `[B, Hkv, M, D]` at positions `[B, M]`; see `queries`."""
+        rotation = rotation or self.rotation(positions)
+        heads = self.plan.index_key_kv
+        return index_rows(key_pre, self.k_proj, heads=heads, rotation=rotation, dtype=dtype, backend=backend)
 
     def step(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .attention_rtpurbo import (
     DecodeRows,
     ForwardState,
     RTPurboLayer,
+    attention_forward,
     attention_pre_hook,
     rtpurbo_attention,
     rtpurbo_mask,
@@ -41,6 +43,7 @@ from .families_rtpurbo import (
     head_counts,
     head_dim,
 )
+from .fused_rtpurbo import fuse
 from .graph_rtpurbo import graph_for
 from .indexer_rtpurbo import RTPurboIndexer, index_rotation
 from .padding_rtpurbo import check_positions, left_padding
@@ -141,6 +144,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 )
         for module in attention_modules(self.model):
             module.rtpurbo_backend = config.attention_backend
+        fuse(self.model, config)
         for module in converted:
             plans = self._plans(tuple(heads[module.layer_idx]))
             module.indexer = None
@@ -154,6 +158,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 )
             first_time = not hasattr(module, "rtpurbo")
             module.rtpurbo = RTPurboLayer(module, self._family, config, plans)
+            if not self._family.partial_rotary:
+                module.forward = partial(attention_forward, module)
             if first_time:
                 module.register_forward_pre_hook(attention_pre_hook, with_kwargs=True)
 

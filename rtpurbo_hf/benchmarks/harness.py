@@ -264,15 +264,17 @@ def _label(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """Speed-up and share of the roofline by length, one line for each case; needs matplotlib."""
+    """Speed-up and share of the roofline by length, where rows have them, one line a case; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = (("speed-up over the peer", "speedup"), ("share of the measured ceiling", "roofline"))
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for axis, (label, name) in zip(axes, panels, strict=True):
+    known = (("speed-up over the peer", "speedup"), ("share of the measured ceiling", "roofline"))
+    panels = [panel for panel in known if any(getattr(row, panel[1]) is not None for row in rows)] or known[:1]
+    size = (6.5 * len(panels), 5)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (label, name) in zip(axes[0], panels, strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
             value = getattr(row, name)

@@ -186,14 +186,17 @@ def bytes_row(model, length: int, ms: float, cache: RTPurboCache, allocated: int
 
 def first_tokens(model, length: int) -> tuple[float, int, RTPurboCache]:
     """Milliseconds of a prefill and its first token, the peak of the allocated bytes, and the cache that it leaves."""
-    ids, cache = prompt(length), model.new_cache()
+    ids = prompt(length)
+    held: list[RTPurboCache] = []
     torch.cuda.reset_peak_memory_stats()
 
     def run() -> int:
-        return int(model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1)[0])
+        held.clear()
+        held.append(model.new_cache())
+        return int(model(input_ids=ids, past_key_values=held[0], logits_to_keep=1).logits[:, -1].argmax(-1)[0])
 
-    timing = measure(run, warmup=0, repeats=1)
-    return timing.median_ms, torch.cuda.max_memory_allocated(), cache
+    timing = measure(run, warmup=model_dense.warm_runs(length), repeats=1)
+    return timing.median_ms, torch.cuda.max_memory_allocated(), held[0]
 
 
 # --- decode --------------------------------------------------------------------------------------------------------
@@ -345,7 +348,7 @@ def run_model_benchmark(
     """Run, check and store the model benchmark; needs a CUDA device.
 
     Every row is stored as soon as it is measured. Parts may run in several calls with one `name`: rows of earlier
-    calls stay, if they are of the same device, versions, commit and preset.
+    calls stay, if they are of the same device, versions and preset; each names its commit.
 
     Args:
         preset: `"quick"` or `"paper"` (lengths up to 256K, batches 1 and 4: some minutes).

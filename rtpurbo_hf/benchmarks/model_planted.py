@@ -95,13 +95,20 @@ class PlantedIndex:
         size = {"dim": model.config.index_dim, "device": model.device}
         self.keys = torch.stack([spans(length, KEY_SPAN, KEY_OWN, **size).bfloat16() for _ in range(heads)])
         queries = [normalize(spans(length, QUERY_SPAN, QUERY_OWN, **size), dim=-1).bfloat16() for _ in range(heads)]
-        self.queries = torch.stack(queries)
+        # by the number of heads, ahead of the prefill: scaling them there would stall the device in every layer
+        self.queries = {
+            count: self._scaled(torch.stack(queries[:count]))
+            for count in {len(indexer.plan.retrieval) for indexer in self.indexers}
+        }
+
+    def _scaled(self, queries: torch.Tensor) -> torch.Tensor:
+        lengths = torch.tensor(spreads(queries.shape[0], self.share), device=queries.device).bfloat16()
+        return (queries * lengths[:, None, None])[None]
 
     def vectors(self, indexer: RTPurboIndexer) -> tuple[torch.Tensor, torch.Tensor]:
         """Planted index queries `[1, n, length, r]` and keys `[1, I, length, r]` of a layer, bf16."""
-        count = len(indexer.plan.retrieval)
-        lengths = torch.tensor(spreads(count, self.share), device=self.queries.device).bfloat16()
-        return (self.queries[:count] * lengths[:, None, None])[None], self.keys[None, : len(indexer.plan.index_key_kv)]
+        plan = indexer.plan
+        return self.queries[len(plan.retrieval)], self.keys[None, : len(plan.index_key_kv)]
 
     def __enter__(self) -> PlantedIndex:
         for indexer in self.indexers:
@@ -113,10 +120,10 @@ class PlantedIndex:
         for indexer in self.indexers:
             del indexer.queries, indexer.keys
 
-    def _instead(self, indexer, project, number: int, vectors: torch.Tensor, *where) -> torch.Tensor:
+    def _instead(self, indexer, project, number: int, vectors: torch.Tensor, *where, **options) -> torch.Tensor:
         if vectors.shape[0] != 1 or vectors.shape[2] != self.length:
             raise ValueError(f"planted for prefills of [1, {self.length}] tokens, got {tuple(vectors.shape[::2])}")
-        project(vectors, *where)
+        project(vectors, *where, **options)
         return self.vectors(indexer)[number]
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 
 from .harness import Row, write
 
-SAME = ("device", "versions", "commit", "preset")
+SAME = ("device", "versions", "preset")
 IDENTITY = ("shape", "layers", "batch")
 
 
@@ -19,8 +19,10 @@ def _key(row: Row) -> tuple:
 class Results:
     """Rows on their way to `path`.json and .csv (`path` has no suffix), beside those that earlier parts left there.
 
+    Each row names the commit that it was measured at; the file's own is that of the last part.
+
     Raises:
-        ValueError: the file holds rows of another device, commit, preset or of other versions.
+        ValueError: the file holds rows of another device, preset or of other versions.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]):
@@ -37,6 +39,8 @@ class Results:
                         f"{meta.get(name)!r}): choose another --name or --output, or move the file away"
                     )
             self.kept = [Row.from_record(record) for record in stored["rows"]]
+            for row in self.kept:
+                row.extra.setdefault("commit", stored["meta"].get("commit"))
             before = stored["meta"].get("commands", [stored["meta"].get("command")])
             self.meta = {**meta, "commands": [*before, meta.get("command")]}
 
@@ -48,6 +52,7 @@ class Results:
 
     def add(self, row: Row) -> None:
         """Take a row, in place of an earlier one of the same case, and store everything so far."""
+        row.extra["commit"] = self.meta.get("commit")
         self.new = [other for other in self.new if _key(other) != _key(row)] + [row]
         write(self.rows, self.path, meta=self.meta, figure=False)
 

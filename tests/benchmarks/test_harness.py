@@ -42,6 +42,14 @@ def test_files_hold_the_rows(tmp_path):
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_has_no_empty_panel(tmp_path):
+    pytest.importorskip("matplotlib")
+    both = write(rows(), tmp_path / "both", meta=META)[2]
+    one = write([Row("tpot", 8192, 0.15, 2.0, 5.0, None, checked(1e-3, 5e-3))], tmp_path / "one", meta=META)[2]
+    widths = [int.from_bytes(file.read_bytes()[16:20], "big") for file in (both, one)]
+    assert widths[0] == 2 * widths[1]
+
+
 def test_table_shows_no_speedup_of_a_red_row():
     lines = table(rows()).splitlines()
     assert "2.5" in lines[1]

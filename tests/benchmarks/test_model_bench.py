@@ -319,5 +319,10 @@ def test_results_are_stored_row_by_row_and_parts_add_up(tmp_path):
     rows = later.close()
     assert [(r.case, r.ms, r.speedup) for r in rows] == [("ttft", 1.0, 2.0), ("tpot", 1.0, 2.0), ("tpot", 0.5, 4.0)]
     assert json.loads(stored.read_text())["meta"]["commands"] == ["first", "second"]
-    with pytest.raises(ValueError, match="measured with another commit"):
-        Results(tmp_path / "model", {**meta, "commit": "d"})
+    with pytest.raises(ValueError, match="measured with another device"):
+        Results(tmp_path / "model", {**meta, "device": "another"})
+    changed = Results(tmp_path / "model", {**meta, "commit": "d"})
+    changed.add(row("ttft", 8192))
+    assert {(r.case, r.extra["batch"]): r.extra["commit"] for r in changed.rows} == {
+        ("ttft", 1): "d", ("tpot", 4): meta["commit"], ("tpot", 1): meta["commit"]
+    }  # fmt: skip

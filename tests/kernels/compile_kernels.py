@@ -206,11 +206,11 @@ def decode(
 def step_inputs(geometry: Geometry) -> None:
     """What runs before a decode step's attention: rotation, and the index projections."""
     from rtpurbo_hf.kernels.index_project import index_project
-    from rtpurbo_hf.kernels.rotate_step import rotate_step
+    from rtpurbo_hf.kernels.rotate import rotate
 
     dim, count = geometry.head_dim, len(geometry.retrieval)
     query, key = _empty(1, geometry.query_heads, 1, dim), _empty(1, geometry.kv_heads, 1, dim)
-    rotate_step(query, key, _empty(1, 1, dim), _empty(1, 1, dim))
+    rotate(query, key, _empty(1, 1, dim), _empty(1, 1, dim))
     weight = _empty(count, INDEX_DIM, dim, dtype=torch.float32)
     turn = _empty(1, 1, 1, INDEX_DIM // 2, dtype=torch.float32)
     for rotation in (None, (turn, turn)):
@@ -225,6 +225,27 @@ def step_inputs(geometry: Geometry) -> None:
             dtype=BF16,
             backend="triton",
         )
+
+
+def prefill_inputs(geometry: Geometry) -> None:
+    """What runs around a prefill's attention: norms, rotation, index projections, and the product in an MLP."""
+    from rtpurbo_hf.kernels.index_project import index_rows
+    from rtpurbo_hf.kernels.rms_norm import FORMS, rms_norm
+    from rtpurbo_hf.kernels.rotate import rotate
+    from rtpurbo_hf.kernels.silu_product import silu_product
+
+    dim, heads = geometry.head_dim, geometry.retrieval
+    query, key, _, out = _prefill(geometry, LENGTH)
+    cos = _empty(1, LENGTH, dim)
+    rotate(query, key, cos, cos)
+    silu_product(out, out)
+    for form in FORMS:
+        rms_norm(out.flatten(2), _empty(geometry.query_heads * dim), 1e-6, form=form)
+        rms_norm(out, _empty(dim), 1e-6, form=form)
+    weight = _empty(len(heads), INDEX_DIM, dim, dtype=torch.float32)
+    turn = _empty(1, 1, LENGTH, INDEX_DIM // 2, dtype=torch.float32)
+    for rotation in (None, (turn, turn)):
+        index_rows(query, weight, heads=heads, rotation=rotation, dtype=BF16, backend="triton")
 
 
 def stage_one_loss(geometry: Geometry, *, special: bool = False) -> None:
@@ -287,6 +308,7 @@ def cases() -> Iterator[Case]:
         sparse_prefill: (90,),
         decode: (90,),
         step_inputs: (90,),
+        prefill_inputs: (80, 90),
         stage_one_loss: (90,),
         window_gradient: (90,),
     }

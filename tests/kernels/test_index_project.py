@@ -1,9 +1,9 @@
-"""The decode step's index projection: the kernel (through the interpreter) against the indexer's own products."""
+"""Index projections of a decode step and of many tokens: the kernels against the indexer's products."""
 
 import pytest
 import torch
 
-from rtpurbo_hf.kernels.index_project import index_project
+from rtpurbo_hf.kernels.index_project import TOKENS, index_project, index_project_reference, index_rows
 from rtpurbo_hf.modeling.indexer_rtpurbo import RTPurboIndexer
 from rtpurbo_hf.modeling.plan_rtpurbo import HeadPlan
 
@@ -45,6 +45,38 @@ def test_same_as_the_indexer(options, backend, dtype, tolerance):
         (keys, indexer.keys(key, positions)),
     ):
         torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=1e-5)
+
+
+# the interpreter takes the bits of bf16 operands of a dot for integers: fp16 stands for half precision
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("index_dim", [7, 16, 20])
+@pytest.mark.parametrize("rotary_dim", [0, 6])
+@pytest.mark.parametrize("q_len", [1, 63, TOKENS, 2 * TOKENS + 3])
+@torch.no_grad()
+def test_many_rows_are_the_products(dtype, tolerance, index_dim, rotary_dim, q_len):
+    torch.manual_seed(q_len)
+    vectors = torch.randn(2, q_len, 5, 24, dtype=dtype).transpose(1, 2)
+    weight, heads = torch.randn(3, index_dim, 24), (4, 0, 2)
+    rotation = None
+    if rotary_dim:
+        angle = torch.randn(2, 1, q_len, rotary_dim // 2)
+        rotation = angle.cos(), angle.sin()
+    got = index_rows(vectors, weight, heads=heads, rotation=rotation, dtype=dtype, backend="triton")
+    expected = index_project_reference(vectors, weight, heads=heads, rotation=rotation)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=1e-5)
+
+
+def test_many_rows_have_gradients():
+    vectors, weight = torch.randn(1, 2, 5, 8), torch.randn(1, 4, 8, requires_grad=True)
+    index_rows(vectors, weight, heads=(1,), rotation=None, dtype=torch.float32, backend="triton").sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[0, 0], vectors[0, 1].sum(0))
+
+
+def test_many_rows_check_the_weight():
+    with pytest.raises(ValueError, match=r"weight must be \[2, r, 8\]"):
+        index_rows(torch.zeros(1, 2, 5, 8), torch.zeros(1, 4, 8), heads=(0, 1), rotation=None, dtype=torch.float16)
 
 
 def test_weights_must_fit():
