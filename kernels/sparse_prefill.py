@@ -35,6 +35,7 @@ from .common import (
 )
 from .custom_op import define_op, needs_grad
 from .sparse_gradient import Lists, as_lists, sparse_attention_with_gradient
+from .sparse_prefill_hopper import attend_lists_hopper, hopper_fits
 from .tile_blocks import BLOCK, GROUPS, TILE, tile_blocks_reference, tile_range
 from .tiles import tma_ready
 
@@ -310,6 +311,14 @@ if HAS_TRITON:
     ) -> None:
         """Attention of the rows in `query` on `select_tile_blocks`' lists."""
         q_len, head_dim = query.shape[2:]
+        order = counts.flatten().argsort(descending=True)
+        if STEP_BLOCKS == 1 and hopper_fits(query, key, value, TILE, BLOCK):
+            with torch.cuda.device_of(query):
+                attend_lists_hopper(
+                    query, key, value, (order, indices, counts), heads, kv_heads, scale, out, q_start, start, softcap,
+                    sink_logits, BLOCK,
+                )  # fmt: skip
+            return
         block_m, warps, stages, tma = _launch(query)
         block_d = max(16, next_power_of_2(head_dim))
         tma = tma and STEP_BLOCKS == 1 and TensorDescriptor is not None and tma_ready(key) and tma_ready(value)
@@ -323,7 +332,6 @@ if HAS_TRITON:
             scale_arg, softcap_arg = scale * log2e, 0.0
         else:
             scale_arg, softcap_arg = 2 * scale / softcap * log2e, softcap * log2e
-        order = counts.flatten().argsort(descending=True)
         with torch.cuda.device_of(query):
             _sparse_prefill_kernel[(order.numel() * TILE // block_m,)](
                 query,

@@ -42,7 +42,7 @@ CELLS, MISSED = 8, 0.7
 # blocks whose places in a list are found at a time
 CHUNK = 1024
 # of the scoring kernel: representing rows and blocks of a program (steps x columns), warps, pipeline stages
-MASS_LAUNCH = {"rows": 64, "columns": 8, "steps": 8, "warps": 4, "stages": 3}
+MASS_LAUNCH = {"rows": 64, "columns": 8, "steps": 8, "keys": 128, "warps": 4, "stages": 3}
 
 
 def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
@@ -174,6 +174,7 @@ if HAS_TRITON:
         CELL_COUNT: tl.constexpr,
         COLUMNS: tl.constexpr,
         STEPS: tl.constexpr,
+        KEYS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         """log2 of each block's size, for BLOCK_G representing rows and STEPS * COLUMNS blocks."""
@@ -187,7 +188,6 @@ if HAS_TRITON:
             first = tl.load(p_start + i_b).to(tl.int32)
         o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
         o_r = tl.arange(0, BLOCK_R)
-        o_c = tl.arange(0, COLUMNS)
         m_g = o_g < groups
         m_r = o_r < DIM
         # keys below `limit` are in sight of the row
@@ -201,34 +201,43 @@ if HAS_TRITON:
         begin = i_split * STEPS * COLUMNS
         seen = (high + BLOCK_N - 1) // BLOCK_N
         steps = tl.minimum((tl.maximum(seen - begin, 0) + COLUMNS - 1) // COLUMNS, STEPS)
+        # A thread holds columns 8 i + 2 t and 8 i + 2 t + 1 of a product. So that all keys of a block are one thread's,
+        # column 8 i + 2 t + e is key 2 i + e of a run of keys of the t-th of four blocks: no sum crosses threads.
+        RUN: tl.constexpr = KEYS // 4
+        o_k = tl.arange(0, KEYS)
+        o_column = (o_k % 8 // 2) * BLOCK_N + o_k // 8 * 2 + o_k % 2
         for i_step in tl.range(0, steps):
             block = begin + i_step * COLUMNS
-            b_out = tl.full([BLOCK_G, COLUMNS], float("-inf"), tl.float32)
-            for i_c in tl.static_range(COLUMNS):
-                slot = (block + i_c) * BLOCK_N
-                o_n = slot + tl.arange(0, BLOCK_N)
-                m_n = o_n < high
-                # [BLOCK_N, BLOCK_R]
-                b_k = tl.load(
-                    p_kh + o_n.to(tl.int64)[:, None] * stride_kn + o_r[None, :],
-                    mask=m_n[:, None] & m_r[None, :],
-                    other=0.0,
+            masked = ((block + COLUMNS) * BLOCK_N > low) | (block * BLOCK_N < first)
+            for i_four in tl.static_range(COLUMNS // 4):
+                # [BLOCK_G, CELLS / 2, 4, 2]: the best keys of four blocks' cells
+                b_best = tl.full([BLOCK_G, CELL_COUNT // 2, 4, 2], float("-inf"), tl.float32)
+                for i_run in tl.static_range(BLOCK_N // RUN):
+                    o_n = (block + i_four * 4) * BLOCK_N + i_run * RUN + o_column
+                    m_n = o_n < high
+                    # [KEYS, BLOCK_R]
+                    b_k = tl.load(
+                        p_kh + o_n.to(tl.int64)[:, None] * stride_kn + o_r[None, :],
+                        mask=m_n[:, None] & m_r[None, :],
+                        other=0.0,
+                    )
+                    # [BLOCK_G, KEYS]
+                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                    if masked:
+                        b_s = tl.where((o_n[None, :] < limit[:, None]) & (o_n >= first)[None, :], b_s, float("-inf"))
+                    b_s = tl.reshape(b_s, (BLOCK_G, RUN // CELL_COUNT, CELL_COUNT // 2, 4, 2))
+                    b_best = tl.maximum(b_best, tl.max(b_s, 1))
+                # [BLOCK_G, 4], in units of log2
+                b_best = b_best * 1.4426950408889634
+                b_top = tl.maximum(tl.max(tl.max(b_best, 3), 1), -1.0e30)
+                b_sum = tl.sum(tl.sum(tl.exp2(b_best - b_top[:, None, :, None]), 3), 1)
+                b_mass = tl.log2(b_sum) + b_top
+                o_block = block + i_four * 4 + tl.arange(0, 4)
+                tl.store(
+                    p_mass + o_row[:, None] * blocks + o_block[None, :],
+                    b_mass,
+                    mask=m_g[:, None] & (o_block < blocks)[None, :],
                 )
-                # [BLOCK_G, BLOCK_N], in units of log2
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * 1.4426950408889634
-                if (slot + BLOCK_N > low) | (slot < first):
-                    b_s = tl.where((o_n[None, :] < limit[:, None]) & (o_n >= first)[None, :], b_s, float("-inf"))
-                # [BLOCK_G, CELLS]; the keys of a cell lie in one thread's registers
-                b_s = tl.max(tl.reshape(b_s, (BLOCK_G, BLOCK_N // CELL_COUNT, CELL_COUNT)), 1)
-                b_top = tl.maximum(tl.max(b_s, 1), -1.0e30)
-                b_mass = tl.log2(tl.sum(tl.exp2(b_s - b_top[:, None]), 1)) + b_top
-                b_out = tl.where((o_c == i_c)[None, :], b_mass[:, None], b_out)
-            o_block = block + o_c
-            tl.store(
-                p_mass + o_row[:, None] * blocks + o_block[None, :],
-                b_out,
-                mask=m_g[:, None] & (o_block < blocks)[None, :],
-            )
 
     @triton.jit(
         do_not_specialize=["num_heads", "tiles", "blocks", "first_tile", "q_start", "end", "num_sinks", "min_blocks"]
@@ -369,6 +378,7 @@ if HAS_TRITON:
                 CELL_COUNT=CELLS,
                 COLUMNS=launch["columns"],
                 STEPS=launch["steps"],
+                KEYS=launch["keys"],
                 PRECISION="ieee",
                 num_warps=launch["warps"],
                 num_stages=launch["stages"],
