@@ -1,7 +1,7 @@
 """Sparse prefill on Hopper (compute capability 9), in Gluon: the fast path of `sparse_prefill.py`.
 
-The same sum over a tile's list as the portable kernel there, with the work split as in `sink_window_hopper.py`: one warp
-copies, two groups of four warps own 64 rows each and keep the tensor cores busy during the exponentials.
+The same sum over a tile's list as in `sparse_prefill_triton.py`, with the work split as in `sink_window_hopper.py`: one
+warp copies, two groups of four warps own 64 rows each and keep the tensor cores busy during the exponentials.
 
 A step takes `BLOCK_N` keys, which are several listed blocks: each is copied by TMA to its place in one swizzled tile,
 so that a step's products are those of dense attention, however short the blocks. Steps are filled from the end of the
@@ -17,6 +17,7 @@ import torch
 
 from .common import next_power_of_2
 from .sink_window_hopper import HAS_GLUON, TILES, WARP_GROUPS
+from .tile_lists import ListOptions, TileLists
 from .tiles import log2_scales, tma_ready
 
 if HAS_GLUON:
@@ -80,7 +81,7 @@ if HAS_GLUON:
             blocks = ()
             for i_p in gl.static_range(PER_STEP):
                 place = i_j * PER_STEP + i_p - lacking
-                blocks = blocks + (gl.load(p_list + place, mask=place >= 0, other=NO_BLOCK),)
+                blocks = blocks + (gl.load(p_list + place, mask=place >= 0, other=NO_BLOCK),)  # noqa: RUF005
             mbarrier.wait(k_free, phase)
             mbarrier.expect(k_full, step_bytes)
             for i_d in gl.static_range(PANELS):
@@ -315,15 +316,15 @@ if HAS_GLUON:
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
-def hopper_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: int, block: int) -> bool:
-    """Whether `attend_lists_hopper` can take these tensors, cut into tiles of `tile` rows and blocks of `block` keys."""
+def hopper_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: TileLists) -> bool:
+    """Whether `attend_lists_hopper` can take these tensors."""
     if not HAS_GLUON or not query.is_cuda or query.element_size() != 2:
         return False
     shape = TILES.get(next_power_of_2(query.shape[3]))
     if shape is None or torch.cuda.get_device_capability(query.device)[0] != 9:
         return False
     rows, keys = shape[:2]
-    fits = rows * WARP_GROUPS == tile and keys % block == 0 and block >= 8
+    fits = rows * WARP_GROUPS == lists.tile and keys % lists.block == 0 and lists.block >= 8
     return fits and all(tma_ready(tensor) for tensor in (query, key, value))
 
 
@@ -331,23 +332,17 @@ def attend_lists_hopper(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lists: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
     heads: torch.Tensor,
     kv_heads: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    q_start: int,
-    start: torch.Tensor | None,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
-    block: int,
+    lists: TileLists,
+    options: ListOptions,
 ) -> None:
-    """Launch the kernel on `lists` (order, indices, counts), for tensors that `hopper_fits` took."""
+    """Launch the kernel; arguments as in `sparse_prefill_attention`, already checked, head lists as device tensors."""
     q_len, head_dim = query.shape[2:]
     block_d = next_power_of_2(head_dim)
     rows, block_n, stages, registers = TILES[block_d]
     dtype = gl.bfloat16 if query.dtype == torch.bfloat16 else gl.float16
-    order, indices, counts = lists
 
     def descriptor(tensor: torch.Tensor, length: int, box: list[int]) -> TensorDescriptor:
         layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
@@ -355,38 +350,35 @@ def attend_lists_hopper(
         return TensorDescriptor(tensor, shape, list(tensor.stride()), box, layout)
 
     # keys behind the last query may be uninitialised: past the descriptor's end zeros are read
-    desc_k, desc_v = (descriptor(x, q_start + q_len, [1, 1, block, PANEL]) for x in (key, value))
-    _sparse_prefill_hopper_kernel[(order.numel(),)](
+    desc_k, desc_v = (descriptor(x, options.q_start + q_len, [1, 1, lists.block, PANEL]) for x in (key, value))
+    _sparse_prefill_hopper_kernel[(lists.counts.numel(),)](
         descriptor(query, q_len, [1, 1, rows, block_d]),
         desc_k,
         desc_v,
         out,
         heads,
         kv_heads,
-        start,
-        sink_logits,
-        order,
-        indices,
-        counts,
+        options.start,
+        options.sink_logits,
+        lists.longest_first(),
+        lists.indices,
+        lists.counts,
         *out.stride()[:3],
         heads.numel(),
         q_len,
-        q_start,
-        indices.shape[2],
-        indices.shape[3],
-        *log2_scales(scale, softcap),
+        options.q_start,
+        *lists.indices.shape[2:],
+        *log2_scales(options.scale, options.softcap),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         ROWS=rows,
-        BLOCK=block,
-        PER_STEP=block_n // block,
+        BLOCK=lists.block,
+        PER_STEP=block_n // lists.block,
         PANELS=block_d // PANEL,
         STAGES=stages,
         GROUPS=WARP_GROUPS,
         REGISTERS=registers,
         L_K=gl.NVMMASharedLayout.get_default_for([1, 1, block_n, block_d], dtype),
-        HAS_START=start is not None,
-        SOFTCAP=softcap is not None,
-        HAS_LOGITS=sink_logits is not None,
+        **options.flags(),
         num_warps=4,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rtpurbo_hf.kernels import sparse_prefill, tile_blocks
+from rtpurbo_hf.kernels import sparse_prefill, sparse_prefill_triton, tile_blocks
 from rtpurbo_hf.kernels.common import HAS_TRITON, masked_softmax, soft_cap
 from rtpurbo_hf.kernels.dense import dense_attention_reference
 from rtpurbo_hf.kernels.sparse_prefill import sparse_prefill_attention
@@ -247,7 +247,7 @@ def test_several_blocks_a_step(monkeypatch, case):
     arguments = inputs(case)
     expected = run(arguments, "reference")
     for per_step in (2, 4):
-        monkeypatch.setattr(sparse_prefill, "STEP_BLOCKS", per_step)
+        monkeypatch.setattr(sparse_prefill_triton, "STEP_BLOCKS", per_step)
         assert relative_error(run(arguments, "triton"), expected) < (1e-5 if DEVICE == "cpu" else 5e-3)
 
 
