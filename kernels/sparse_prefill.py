@@ -6,15 +6,16 @@ with `T_h(tile)` the real tokens of the blocks that `tile_blocks.py` lists from 
 states what a row may attend to and how it relates to the token-wise sets of `indexed.py`. With `top_p=1` it is dense
 causal attention. Decode steps keep to the token-wise sets.
 
-The prompt is worked off in pieces of whole tiles, so that the selector's masses stay within `WORKSPACE_BYTES` at any
-length; a piece's longest lists start first. Nothing is copied from q, k and v, nothing is read back to the host, and
-no sum depends on the order in which programs run.
+The prompt is worked off in pieces of whole tiles, so that the lists, and the masses that they are selected by, each
+stay within `WORKSPACE_BYTES` at any length; a piece's longest lists start first. Nothing is copied from q, k and v,
+nothing is read back to the host, and no sum depends on the order in which programs run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -33,7 +34,7 @@ from .custom_op import define_op, needs_grad
 from .sparse_gradient import Lists, as_lists, sparse_attention_with_gradient
 from .sparse_prefill_hopper import attend_lists_hopper, hopper_fits
 from .sparse_prefill_triton import attend_lists_portable
-from .tile_blocks import BLOCK, GROUPS, TILE, tile_blocks_reference, tile_range
+from .tile_blocks import BLOCK, FAR, TILE, empty_lists, mass_bytes, tile_blocks_reference, tile_range
 from .tile_lists import ListOptions, TileLists
 
 WORKSPACE_BYTES = 1 << 28
@@ -96,15 +97,30 @@ def sparse_prefill_attention_reference(
     return out
 
 
-def pieces(q_len: int, *, q_start: int, rows: int) -> Iterator[slice]:
-    """Slices of query rows that end on tile bounds, the last one excepted, for masses of `rows` heads at a time."""
-    blocks = ceil_div(q_start + q_len, BLOCK)
-    tiles = max(1, WORKSPACE_BYTES // (4 * GROUPS * blocks * rows))
-    begin = 0
-    while begin < q_len:
-        end = min((tile_range(q_start + begin, 1)[0] + tiles) * TILE - q_start, q_len)
-        yield slice(begin, end)
-        begin = end
+def pieces(q_len: int, *, q_start: int, rows: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Query rows of one attention launch, and the parts of them that are selected for at a time, for `rows` heads.
+
+    All end on tile bounds, the last excepted, and parts at slot FAR as well. Lists and masses each stay within
+    `WORKSPACE_BYTES`, or are one tile's.
+    """
+    end = q_start + q_len
+    for piece in _cut(slice(0, q_len), 4 * ceil_div(end, BLOCK) * rows, q_start=q_start):
+        cuts = sorted({piece.start, min(max(FAR - q_start, piece.start), piece.stop), piece.stop})
+        parts: list[slice] = []
+        for low, high in pairwise(cuts):
+            bytes_of_tile = mass_bytes(q_start + low, q_start + high) * rows
+            parts += _cut(slice(low, high), bytes_of_tile, q_start=q_start)
+        yield piece, parts
+
+
+def _cut(rows: slice, bytes_of_tile: int, *, q_start: int) -> Iterator[slice]:
+    """`rows` in runs of whole tiles that need `WORKSPACE_BYTES` at most."""
+    tiles = max(1, WORKSPACE_BYTES // bytes_of_tile)
+    begin = rows.start
+    while begin < rows.stop:
+        stop = min((tile_range(q_start + begin, 1)[0] + tiles) * TILE - q_start, rows.stop)
+        yield slice(begin, stop)
+        begin = stop
 
 
 def piece_lists(
@@ -122,12 +138,27 @@ def piece_lists(
     `selection`: `top_p`, `min_tokens` and `num_sinks`. Memory is bounded at any length.
     """
     options: dict = selection | {"index_heads": index_heads, "start": start}
-    for rows in pieces(index_query.shape[2], q_start=q_start, rows=index_query.shape[0] * index_query.shape[1]):
-        options["q_start"] = q_start + rows.start
-        if fused:
-            yield rows, *select_tile_blocks(index_query[:, :, rows], index_key, **options)
-        else:
-            yield rows, *as_lists(tile_blocks_reference(index_query[:, :, rows], index_key, **options))
+    heads = (index_query.shape[0], index_query.shape[1])
+    for piece, parts in pieces(index_query.shape[2], q_start=q_start, rows=heads[0] * heads[1]):
+        begin = q_start + piece.start
+        if not fused:
+            chosen = tile_blocks_reference(index_query[:, :, piece], index_key, q_start=begin, **options)
+            yield piece, *as_lists(chosen)
+            continue
+        first, tiles = tile_range(begin, piece.stop - piece.start)
+        indices, counts = empty_lists(heads, tiles, q_start + piece.stop, index_query.device)
+        for part in parts:
+            at, count = tile_range(q_start + part.start, part.stop - part.start)
+            places = slice(at - first, at - first + count)
+            select_tile_blocks(
+                index_query[:, :, part],
+                index_key,
+                q_start=q_start + part.start,
+                indices=indices[:, :, places],
+                counts=counts[:, :, places],
+                **options,
+            )
+        yield piece, indices, counts
 
 
 if HAS_TRITON:

@@ -16,9 +16,16 @@ from __future__ import annotations
 import torch
 
 from .common import next_power_of_2
-from .sink_window_hopper import HAS_GLUON, TILES, WARP_GROUPS
+from .sink_window_hopper import HAS_GLUON, WARP_GROUPS
 from .tile_lists import ListOptions, TileLists
 from .tiles import log2_scales, tma_ready
+
+# padded head_dim: (rows of a warp group, keys of a step, stages, registers of a thread)
+TILES = {
+    64: (64, 128, 3, 240),
+    128: (64, 128, 2, 240),
+    256: (64, 64, 2, 240),
+}
 
 if HAS_GLUON:
     from .sink_window_hopper import (

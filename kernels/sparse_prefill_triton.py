@@ -148,8 +148,8 @@ if HAS_TRITON:
         tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_rows)
 
 
-# listed blocks that the kernel takes at a time; with more than one they are gathered without TMA
-STEP_BLOCKS = 1
+# keys that the kernel takes at a time: several listed blocks are gathered, without TMA
+STEP_KEYS = 64
 
 
 def _launch(query: torch.Tensor) -> tuple[int, int, int, bool]:
@@ -182,7 +182,8 @@ def attend_lists_portable(
     head_dim = query.shape[3]
     block_m, warps, stages, tma = _launch(query)
     block_d = max(16, next_power_of_2(head_dim))
-    tma = tma and STEP_BLOCKS == 1 and TensorDescriptor is not None and tma_ready(key) and tma_ready(value)
+    per_step = max(1, STEP_KEYS // lists.block)
+    tma = tma and per_step == 1 and TensorDescriptor is not None and tma_ready(key) and tma_ready(value)
     desc_k = desc_v = None
     if tma:
         box = [1, 1, lists.block, block_d]
@@ -215,7 +216,7 @@ def attend_lists_portable(
         BLOCK_D=block_d,
         BLOCK_M=block_m,
         BLOCK_N=lists.block,
-        PER_STEP=STEP_BLOCKS,
+        PER_STEP=per_step,
         TILE_ROWS=lists.tile,
         STAGES=stages,
         USE_TMA=tma,

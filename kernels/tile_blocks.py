@@ -34,9 +34,9 @@ import torch.nn.functional as F
 
 from .common import HAS_TRITON, ceil_div, next_power_of_2, row_tiles, starts, tl, triton
 
-TILE, BLOCK, GROUP, RECENT_BLOCKS = 128, 64, 8, 2
-# representing rows of a tile
-GROUPS = TILE // GROUP
+TILE, BLOCK, RECENT_BLOCKS = 128, 32, 2
+# rows that one of them represents, in tiles that begin before slot FAR and in those after
+GROUP, FAR_GROUP, FAR = 8, 16, 1 << 18
 # of a block, each counted as its best key; and of the mass that p lets a row miss, what a tile may miss on average
 CELLS, MISSED = 8, 0.7
 # blocks whose places in a list are found at a time
@@ -51,15 +51,35 @@ def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
     return first, ceil_div(q_start + q_len, TILE) - first
 
 
+def group_rows(q_start: int) -> int:
+    """Rows that one of them represents, in the tile of slot `q_start`."""
+    return GROUP if q_start < FAR else FAR_GROUP
+
+
 def representing_rows(q_start: int, q_len: int, device: torch.device) -> torch.Tensor:
-    """Slot of each tile's representing rows, int64 `[tiles, GROUPS]`; groups beyond the end give the last slot."""
+    """Slot of each tile's representing rows, int64 `[tiles, groups]`; groups beyond the end give the last slot.
+
+    For rows on one side of slot FAR.
+    """
     first, tiles = tile_range(q_start, q_len)
-    group = torch.arange(first * GROUPS, (first + tiles) * GROUPS, device=device).view(tiles, GROUPS)
-    return ((group + 1) * GROUP).clamp_max(q_start + q_len) - 1
+    size = group_rows(q_start)
+    group = torch.arange(first * TILE // size, (first + tiles) * TILE // size, device=device).view(tiles, -1)
+    return ((group + 1) * size).clamp_max(q_start + q_len) - 1
+
+
+def mass_bytes(q_start: int, end: int) -> int:
+    """What `select_tile_blocks` stores for a tile of one head, in a call from slot `q_start` to slot `end`."""
+    return 4 * TILE // group_rows(q_start) * ceil_div(end, BLOCK)
+
+
+def empty_lists(rows: tuple[int, int], tiles: int, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for ascending int32 lists `[B, n, tiles, blocks]` and their counts `[B, n, tiles]`; rows: B and n."""
+    indices = torch.empty(*rows, tiles, ceil_div(end, BLOCK), dtype=torch.int32, device=device)
+    return indices, torch.empty(*rows, tiles, dtype=torch.int32, device=device)
 
 
 def _sampled(index_query: torch.Tensor, rows: torch.Tensor, q_start: int) -> torch.Tensor:
-    """`[B, n, tiles * GROUPS, r]` of `[B, n, M, r]`; groups before `q_start` give row 0."""
+    """`[B, n, tiles * groups, r]` of `[B, n, M, r]`; groups before `q_start` give row 0."""
     return index_query[:, :, (rows.flatten() - q_start).clamp_min(0)]
 
 
@@ -97,24 +117,31 @@ def tile_blocks_reference(
     """
     batch, heads, q_len, _ = index_query.shape
     device, end = index_query.device, q_start + q_len
+    if q_start < FAR < end:
+        options = {"index_heads": index_heads, "top_p": top_p, "min_tokens": min_tokens, "num_sinks": num_sinks}
+        cut = FAR - q_start
+        near = tile_blocks_reference(index_query[:, :, :cut], index_key, q_start=q_start, start=start, **options)
+        far = tile_blocks_reference(index_query[:, :, cut:], index_key, q_start=FAR, start=start, **options)
+        return torch.cat([F.pad(near, (0, far.shape[3] - near.shape[3])), far], 2)
     first = starts(start, batch, device)
     first_tile, tiles = tile_range(q_start, q_len)
     blocks = ceil_div(end, BLOCK)
     rows = representing_rows(q_start, q_len, device)
+    groups = rows.shape[1]
     queries = _sampled(index_query, rows, q_start).float()
     # a group lives if it holds real rows of this call
     numbers = torch.arange(tiles, device=device) + first_tile
-    begin = numbers[:, None] * TILE + torch.arange(0, TILE, GROUP, device=device)
+    begin = numbers[:, None] * TILE + torch.arange(0, TILE, TILE // groups, device=device)
     alive = (begin < end) & (rows >= q_start) & (rows >= first[:, None, None])
     last = (numbers + 1).mul(TILE).clamp_max(end) - 1
     weight = (alive * (1.0 + (rows == last[:, None])))[:, None, :, :, None]
     keys = index_key[:, index_heads, :end].float()
     slots = torch.arange(end, device=device)
     chosen = torch.empty(batch, heads, tiles, blocks, dtype=torch.bool, device=device)
-    for part in row_tiles(tiles, GROUPS * batch * heads * end):
+    for part in row_tiles(tiles, groups * batch * heads * end):
         valid = (slots <= rows[part, :, None]) & (slots >= first[:, None, None, None])
-        scores = torch.matmul(queries[:, :, part.start * GROUPS : part.stop * GROUPS], keys.transpose(-1, -2))
-        scores = scores.unflatten(2, (-1, GROUPS)).masked_fill(~valid[:, None], -torch.inf)
+        scores = torch.matmul(queries[:, :, part.start * groups : part.stop * groups], keys.transpose(-1, -2))
+        scores = scores.unflatten(2, (-1, groups)).masked_fill(~valid[:, None], -torch.inf)
         scores = F.pad(scores, (0, blocks * BLOCK - end), value=-torch.inf)
         # [B, n, tiles, groups, blocks, CELLS]
         best = scores.unflatten(-1, (blocks, BLOCK // CELLS, CELLS)).amax(-2)
@@ -247,6 +274,9 @@ if HAS_TRITON:
         p_start,
         p_indices,
         p_counts,
+        stride_it,
+        stride_ih,
+        stride_ch,
         num_heads,
         tiles,
         blocks,
@@ -317,6 +347,7 @@ if HAS_TRITON:
         tl.store(p_shares + o_j, b_sum, mask=o_j < blocks)
         tl.debug_barrier()
         level = low.to(tl.float32, bitcast=True)
+        p_list = p_indices + i_row.to(tl.int64) * stride_ih + i_t.to(tl.int64) * stride_it
         count = tl.zeros([], tl.int32)
         for i_c in tl.range(0, (stop + PLACES * BLOCK_N - 1) // (PLACES * BLOCK_N)):
             o_c = i_c * PLACES + tl.arange(0, PLACES)
@@ -325,9 +356,9 @@ if HAS_TRITON:
             b_share = tl.load(p_shares + o_c, mask=m_list, other=-1.0)
             b_taken = (m_list & (m_kept | (b_share >= level))).to(tl.int32)
             o_rank = count + tl.cumsum(b_taken, 0) - 1
-            tl.store(p_indices + i_tile * blocks + o_rank, o_c, mask=b_taken > 0)
+            tl.store(p_list + o_rank, o_c, mask=b_taken > 0)
             count += tl.sum(b_taken, 0)
-        tl.store(p_counts + i_tile, count)
+        tl.store(p_counts + i_row.to(tl.int64) * stride_ch + i_t, count)
 
     def select_tile_blocks(
         index_query: torch.Tensor,
@@ -339,19 +370,21 @@ if HAS_TRITON:
         num_sinks: int,
         q_start: int,
         start: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`tile_blocks_reference` as lists: ascending int32 `[B, n, tiles, blocks]` and counts `[B, n, tiles]`.
+        indices: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """`tile_blocks_reference` as lists, for rows on one side of slot FAR.
 
-        Stores `GROUPS * blocks` fp32 masses for each tile and head: the caller bounds the tiles of one call.
+        `indices` and `counts`, of `empty_lists` or a range of their tiles, receive them. Stores fp32 masses, as many as
+        `mass_bytes` says: the caller bounds the tiles of one call.
         """
         batch, heads, q_len, dim = index_query.shape
         device, end = index_query.device, q_start + q_len
         first_tile, tiles = tile_range(q_start, q_len)
-        blocks, groups = ceil_div(end, BLOCK), tiles * GROUPS
+        group = group_rows(q_start)
+        blocks, groups = ceil_div(end, BLOCK), tiles * TILE // group
         sampled = _sampled(index_query, representing_rows(q_start, q_len, device), q_start).contiguous()
         mass = torch.empty(batch, heads, groups, blocks, dtype=torch.float32, device=device)
-        indices = torch.empty(batch, heads, tiles, blocks, dtype=torch.int32, device=device)
-        counts = torch.empty(batch, heads, tiles, dtype=torch.int32, device=device)
         launch = MASS_LAUNCH
         per_program = launch["columns"] * launch["steps"]
         grid = (ceil_div(groups, launch["rows"]), ceil_div(blocks, per_program), batch * heads)
@@ -374,11 +407,11 @@ if HAS_TRITON:
                 BLOCK_G=launch["rows"],
                 BLOCK_N=BLOCK,
                 TILE_ROWS=TILE,
-                GROUP_ROWS=GROUP,
+                GROUP_ROWS=group,
                 CELL_COUNT=CELLS,
                 COLUMNS=launch["columns"],
                 STEPS=launch["steps"],
-                KEYS=launch["keys"],
+                KEYS=min(launch["keys"], 4 * BLOCK),
                 PRECISION="ieee",
                 num_warps=launch["warps"],
                 num_stages=launch["stages"],
@@ -389,6 +422,9 @@ if HAS_TRITON:
                 start,
                 indices,
                 counts,
+                indices.stride(2),
+                indices.stride(1),
+                counts.stride(1),
                 heads,
                 tiles,
                 blocks,
@@ -403,10 +439,9 @@ if HAS_TRITON:
                 SIZE=size,
                 PLACES=min(size, CHUNK),
                 TILE_ROWS=TILE,
-                GROUP_ROWS=GROUP,
+                GROUP_ROWS=group,
                 BLOCK_N=BLOCK,
                 RECENT=RECENT_BLOCKS,
                 STEPS=20,
                 num_warps=16 if size >= 8192 else 8 if size >= 2048 else 4,
             )
-        return indices, counts

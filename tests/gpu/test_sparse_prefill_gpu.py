@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rtpurbo_hf.kernels import sparse_prefill, tile_blocks
-from rtpurbo_hf.kernels.sparse_prefill import sparse_prefill_attention, sparse_prefill_attention_reference
-from rtpurbo_hf.kernels.tile_blocks import BLOCK, TILE, select_tile_blocks, tile_blocks_reference
+from rtpurbo_hf.kernels.sparse_prefill import piece_lists, sparse_prefill_attention, sparse_prefill_attention_reference
+from rtpurbo_hf.kernels.tile_blocks import BLOCK, TILE, tile_blocks_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,7 +77,7 @@ def test_lists_at_16k():
     arguments = inputs(length)
     names = ("index_query", "index_key", "top_p", "min_tokens", "num_sinks", "start")
     chosen = {name: arguments[name] for name in names} | {"index_heads": torch.tensor(INDEX_HEADS, device="cuda")}
-    indices, counts = select_tile_blocks(**chosen, q_start=0)
+    ((_, indices, counts),) = piece_lists(**chosen, q_start=0, fused=True)
     expected = tile_blocks_reference(**chosen)
     number = torch.arange(indices.shape[-1], device="cuda")
     listed = number < counts[..., None]
