@@ -34,14 +34,15 @@ import torch.nn.functional as F
 
 from .common import HAS_TRITON, ceil_div, next_power_of_2, row_tiles, starts, tl, triton
 
-TILE, BLOCK, RECENT_BLOCKS = 128, 32, 2
+TILE, BLOCK, RECENT_BLOCKS = 128, 32, 4
 # rows that one of them represents, in tiles that begin before slot FAR and in those after
 GROUP, FAR_GROUP, FAR = 8, 16, 1 << 18
 # of a block, each counted as its best key; and of the mass that p lets a row miss, what a tile may miss on average
 CELLS, MISSED = 8, 0.7
 # blocks whose places in a list are found at a time
 CHUNK = 1024
-# of the scoring kernel: representing rows and blocks of a program (steps x columns), warps, pipeline stages
+# of the scoring kernel: representing rows and blocks of a program (steps x columns, columns in eights), keys of a
+# product, warps, pipeline stages
 MASS_LAUNCH = {"rows": 64, "columns": 8, "steps": 8, "keys": 128, "warps": 4, "stages": 3}
 
 
@@ -176,6 +177,48 @@ def _smallest_set(
 
 if HAS_TRITON:
 
+    @triton.jit
+    def _four_masses(
+        b_q,
+        p_kh,
+        o_r,
+        o_column,
+        slot,
+        stride_kn,
+        high,
+        limit,
+        first,
+        masked,
+        DIM: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        CELL_COUNT: tl.constexpr,
+        KEYS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        """log2 of the sizes `[BLOCK_G, 4]` of four blocks for each row of `b_q`, KEYS / 4 keys of each at a time."""
+        RUN: tl.constexpr = KEYS // 4
+        # [BLOCK_G, CELLS / 2, 4, 2]: the best keys of the blocks' cells
+        b_best = tl.full([b_q.shape[0], CELL_COUNT // 2, 4, 2], float("-inf"), tl.float32)
+        for i_run in tl.static_range(BLOCK_N // RUN):
+            o_n = slot + i_run * RUN + o_column
+            # [KEYS, BLOCK_R]
+            b_k = tl.load(
+                p_kh + o_n.to(tl.int64)[:, None] * stride_kn + o_r[None, :],
+                mask=(o_n < high)[:, None] & (o_r < DIM)[None, :],
+                other=0.0,
+            )
+            # [BLOCK_G, KEYS]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            if masked:
+                b_s = tl.where((o_n[None, :] < limit[:, None]) & (o_n >= first)[None, :], b_s, float("-inf"))
+            b_s = tl.reshape(b_s, (b_q.shape[0], RUN // CELL_COUNT, CELL_COUNT // 2, 4, 2))
+            b_best = tl.maximum(b_best, tl.max(b_s, 1))
+        # in units of log2
+        b_best = b_best * 1.4426950408889634
+        b_top = tl.maximum(tl.max(tl.max(b_best, 3), 1), -1.0e30)
+        b_sum = tl.sum(tl.sum(tl.exp2(b_best - b_top[:, None, :, None]), 3), 1)
+        return tl.log2(b_sum) + b_top
+
     @triton.jit(do_not_specialize=["num_heads", "groups", "blocks", "first_tile", "end"])
     def _block_mass_kernel(
         p_q,
@@ -229,40 +272,28 @@ if HAS_TRITON:
         seen = (high + BLOCK_N - 1) // BLOCK_N
         steps = tl.minimum((tl.maximum(seen - begin, 0) + COLUMNS - 1) // COLUMNS, STEPS)
         # A thread holds columns 8 i + 2 t and 8 i + 2 t + 1 of a product. So that all keys of a block are one thread's,
-        # column 8 i + 2 t + e is key 2 i + e of a run of keys of the t-th of four blocks: no sum crosses threads.
-        RUN: tl.constexpr = KEYS // 4
+        # column 8 i + 2 t + e is key 2 i + e of the t-th of four blocks, every second one: no sum crosses threads.
         o_k = tl.arange(0, KEYS)
-        o_column = (o_k % 8 // 2) * BLOCK_N + o_k // 8 * 2 + o_k % 2
+        o_column = (o_k % 8 // 2) * (2 * BLOCK_N) + o_k // 8 * 2 + o_k % 2
         for i_step in tl.range(0, steps):
             block = begin + i_step * COLUMNS
+            # some row does not see all of these keys
             masked = ((block + COLUMNS) * BLOCK_N > low) | (block * BLOCK_N < first)
-            for i_four in tl.static_range(COLUMNS // 4):
-                # [BLOCK_G, CELLS / 2, 4, 2]: the best keys of four blocks' cells
-                b_best = tl.full([BLOCK_G, CELL_COUNT // 2, 4, 2], float("-inf"), tl.float32)
-                for i_run in tl.static_range(BLOCK_N // RUN):
-                    o_n = (block + i_four * 4) * BLOCK_N + i_run * RUN + o_column
-                    m_n = o_n < high
-                    # [KEYS, BLOCK_R]
-                    b_k = tl.load(
-                        p_kh + o_n.to(tl.int64)[:, None] * stride_kn + o_r[None, :],
-                        mask=m_n[:, None] & m_r[None, :],
-                        other=0.0,
-                    )
-                    # [BLOCK_G, KEYS]
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-                    if masked:
-                        b_s = tl.where((o_n[None, :] < limit[:, None]) & (o_n >= first)[None, :], b_s, float("-inf"))
-                    b_s = tl.reshape(b_s, (BLOCK_G, RUN // CELL_COUNT, CELL_COUNT // 2, 4, 2))
-                    b_best = tl.maximum(b_best, tl.max(b_s, 1))
-                # [BLOCK_G, 4], in units of log2
-                b_best = b_best * 1.4426950408889634
-                b_top = tl.maximum(tl.max(tl.max(b_best, 3), 1), -1.0e30)
-                b_sum = tl.sum(tl.sum(tl.exp2(b_best - b_top[:, None, :, None]), 3), 1)
-                b_mass = tl.log2(b_sum) + b_top
-                o_block = block + i_four * 4 + tl.arange(0, 4)
+            for i_eight in tl.static_range(COLUMNS // 8):
+                # [BLOCK_G, 4] of even and of odd blocks: a thread has neighbours to store
+                slot = (block + i_eight * 8) * BLOCK_N
+                b_even = _four_masses(
+                    b_q, p_kh, o_r, o_column, slot, stride_kn, high, limit, first, masked,
+                    DIM, BLOCK_N, CELL_COUNT, KEYS, PRECISION,
+                )  # fmt: skip
+                b_odd = _four_masses(
+                    b_q, p_kh, o_r, o_column, slot + BLOCK_N, stride_kn, high, limit, first, masked,
+                    DIM, BLOCK_N, CELL_COUNT, KEYS, PRECISION,
+                )  # fmt: skip
+                o_block = block + i_eight * 8 + tl.arange(0, 8)
                 tl.store(
                     p_mass + o_row[:, None] * blocks + o_block[None, :],
-                    b_mass,
+                    tl.reshape(tl.join(b_even, b_odd), (BLOCK_G, 8)),
                     mask=m_g[:, None] & (o_block < blocks)[None, :],
                 )
 

@@ -46,11 +46,11 @@ SCORE: tuple[Setting, ...] = (
     {"keys": 64},
     {"rows": 128, "keys": 64},
     {"rows": 128, "keys": 32},
-    {"rows": 128, "keys": 64, "columns": 4, "steps": 16},
-    {"columns": 4, "steps": 16},
-    {"columns": 16, "steps": 8},
+    {"rows": 128},
+    {"columns": 16, "steps": 4},
     {"steps": 32},
     {"stages": 2},
+    {"stages": 4},
 )
 SELECT: tuple[Setting, ...] = (
     {},

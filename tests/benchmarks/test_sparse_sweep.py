@@ -23,7 +23,7 @@ def attend(backend="triton", length=450):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", [SCORE[-1], {"columns": 4, "rows": 32}], ids=str)
+@pytest.mark.parametrize("setting", [SCORE[-1], {"columns": 16, "rows": 32, "keys": 64}], ids=str)
 def test_launches_of_the_scores_change_nothing(setting):
     expected = attend()
     with scoring(setting):
