@@ -1,8 +1,9 @@
 """Which key blocks a tile of prefill queries reads (beyond the paper: the index selects for prefill rows as well).
 
 Queries are cut into tiles of `TILE` slots and keys into blocks of `BLOCK` slots, both counted from slot 0. A tile is
-represented by the last of each `GROUP` aligned rows, with their own index queries iq(m); the tile's last row is one of
-them, also where a prompt ends inside a tile, and counts twice, since after the last row of a prompt comes the answer.
+represented by the last of each `GROUP` aligned rows (of `FAR_GROUP`, if it begins at slot `FAR` or later), with their
+own index queries iq(m); the tile's last row is one of them, also where a prompt ends inside a tile, and counts twice,
+since after the last row of a prompt comes the answer.
 A block's keys are dealt out to `CELLS` cells, slot n to cell n % CELLS, and each cell counts as its best key: with
 
     size_m(j) = sum over cells c of exp(max of iq(m) . ik(n) over the keys n of cell c of block j)     n real, n <= m
@@ -16,8 +17,8 @@ the list of a tile of one head is
 
 That is a relaxation of the token-wise contract (`top_p.py`), where each row's own set reaches p: the mass is promised
 to the representing rows on average, and a row may miss what only it and few others ask for. A block that holds more
-than `MISSED * (1 - p)` of the average is never left out: with p = 0.9 none that holds 60 % of the last row's mass. Why
-rows and not their mean query, and why `MISSED`: docs/sparse_prefill.md has the figures.
+than `MISSED * (1 - p)` of the average is never left out: with p = 0.9 none that holds 60 % of the last row's mass, or
+32 % beyond `FAR`. Why rows and not their mean query, and why `MISSED`: docs/sparse_prefill.md has the figures.
 
 A row never attends to later keys, but which earlier blocks it reads depends on the later rows of its tile: a prompt
 that ends inside a tile and its continuation in one forward may differ in that tile's rows.
