@@ -1,8 +1,9 @@
 """Which key blocks a tile of prefill queries reads (beyond the paper: the index selects for prefill rows as well).
 
 Queries are cut into tiles of `TILE` slots and keys into blocks of `BLOCK` slots, both counted from slot 0. A tile is
-represented by the last of each `GROUP` aligned rows, with their own index queries iq(m); the tile's last row is one of
-them, also where a prompt ends inside a tile, and counts twice, since after the last row of a prompt comes the answer.
+represented by the last of each `GROUP` aligned rows (of `FAR_GROUP`, if it begins at slot `FAR` or later), with their
+own index queries iq(m); the tile's last row is one of them, also where a prompt ends inside a tile, and counts twice,
+since after the last row of a prompt comes the answer.
 A block's keys are dealt out to `CELLS` cells, slot n to cell n % CELLS, and each cell counts as its best key: with
 
     size_m(j) = sum over cells c of exp(max of iq(m) . ik(n) over the keys n of cell c of block j)     n real, n <= m
@@ -16,8 +17,8 @@ the list of a tile of one head is
 
 That is a relaxation of the token-wise contract (`top_p.py`), where each row's own set reaches p: the mass is promised
 to the representing rows on average, and a row may miss what only it and few others ask for. A block that holds more
-than `MISSED * (1 - p)` of the average is never left out: with p = 0.9 none that holds 60 % of the last row's mass. Why
-rows and not their mean query, and why `MISSED`: docs/sparse_prefill.md has the figures.
+than `MISSED * (1 - p)` of the average is never left out: with p = 0.9 none that holds 60 % of the last row's mass, or
+32 % beyond `FAR`. Why rows and not their mean query, and why `MISSED`: docs/sparse_prefill.md has the figures.
 
 A row never attends to later keys, but which earlier blocks it reads depends on the later rows of its tile: a prompt
 that ends inside a tile and its continuation in one forward may differ in that tile's rows.
@@ -34,15 +35,16 @@ import torch.nn.functional as F
 
 from .common import HAS_TRITON, ceil_div, next_power_of_2, row_tiles, starts, tl, triton
 
-TILE, BLOCK, GROUP, RECENT_BLOCKS = 128, 64, 8, 2
-# representing rows of a tile
-GROUPS = TILE // GROUP
+TILE, BLOCK, RECENT_BLOCKS = 128, 32, 4
+# rows that one of them represents, in tiles that begin before slot FAR and in those after
+GROUP, FAR_GROUP, FAR = 8, 16, 1 << 18
 # of a block, each counted as its best key; and of the mass that p lets a row miss, what a tile may miss on average
 CELLS, MISSED = 8, 0.7
 # blocks whose places in a list are found at a time
-CHUNK = 1024
-# of the scoring kernel: representing rows and blocks of a program (steps x columns), warps, pipeline stages
-MASS_LAUNCH = {"rows": 64, "columns": 8, "steps": 8, "warps": 4, "stages": 3}
+CHUNK = 2048
+# of the scoring kernel: representing rows and blocks of a program (steps x columns, columns in eights), keys of a
+# product, warps, pipeline stages
+MASS_LAUNCH = {"rows": 64, "columns": 8, "steps": 8, "keys": 64, "warps": 4, "stages": 3}
 
 
 def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
@@ -51,15 +53,35 @@ def tile_range(q_start: int, q_len: int) -> tuple[int, int]:
     return first, ceil_div(q_start + q_len, TILE) - first
 
 
+def group_rows(q_start: int) -> int:
+    """Rows that one of them represents, in the tile of slot `q_start`."""
+    return GROUP if q_start < FAR else FAR_GROUP
+
+
 def representing_rows(q_start: int, q_len: int, device: torch.device) -> torch.Tensor:
-    """Slot of each tile's representing rows, int64 `[tiles, GROUPS]`; groups beyond the end give the last slot."""
+    """Slot of each tile's representing rows, int64 `[tiles, groups]`; groups beyond the end give the last slot.
+
+    For rows on one side of slot FAR.
+    """
     first, tiles = tile_range(q_start, q_len)
-    group = torch.arange(first * GROUPS, (first + tiles) * GROUPS, device=device).view(tiles, GROUPS)
-    return ((group + 1) * GROUP).clamp_max(q_start + q_len) - 1
+    size = group_rows(q_start)
+    group = torch.arange(first * TILE // size, (first + tiles) * TILE // size, device=device).view(tiles, -1)
+    return ((group + 1) * size).clamp_max(q_start + q_len) - 1
+
+
+def mass_bytes(q_start: int, end: int) -> int:
+    """What `select_tile_blocks` stores for a tile of one head, in a call from slot `q_start` to slot `end`."""
+    return 4 * TILE // group_rows(q_start) * ceil_div(end, BLOCK)
+
+
+def empty_lists(rows: tuple[int, int], tiles: int, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for ascending int32 lists `[B, n, tiles, blocks]` and their counts `[B, n, tiles]`; rows: B and n."""
+    indices = torch.empty(*rows, tiles, ceil_div(end, BLOCK), dtype=torch.int32, device=device)
+    return indices, torch.empty(*rows, tiles, dtype=torch.int32, device=device)
 
 
 def _sampled(index_query: torch.Tensor, rows: torch.Tensor, q_start: int) -> torch.Tensor:
-    """`[B, n, tiles * GROUPS, r]` of `[B, n, M, r]`; groups before `q_start` give row 0."""
+    """`[B, n, tiles * groups, r]` of `[B, n, M, r]`; groups before `q_start` give row 0."""
     return index_query[:, :, (rows.flatten() - q_start).clamp_min(0)]
 
 
@@ -97,24 +119,31 @@ def tile_blocks_reference(
     """
     batch, heads, q_len, _ = index_query.shape
     device, end = index_query.device, q_start + q_len
+    if q_start < FAR < end:
+        options = {"index_heads": index_heads, "top_p": top_p, "min_tokens": min_tokens, "num_sinks": num_sinks}
+        cut = FAR - q_start
+        near = tile_blocks_reference(index_query[:, :, :cut], index_key, q_start=q_start, start=start, **options)
+        far = tile_blocks_reference(index_query[:, :, cut:], index_key, q_start=FAR, start=start, **options)
+        return torch.cat([F.pad(near, (0, far.shape[3] - near.shape[3])), far], 2)
     first = starts(start, batch, device)
     first_tile, tiles = tile_range(q_start, q_len)
     blocks = ceil_div(end, BLOCK)
     rows = representing_rows(q_start, q_len, device)
+    groups = rows.shape[1]
     queries = _sampled(index_query, rows, q_start).float()
     # a group lives if it holds real rows of this call
     numbers = torch.arange(tiles, device=device) + first_tile
-    begin = numbers[:, None] * TILE + torch.arange(0, TILE, GROUP, device=device)
+    begin = numbers[:, None] * TILE + torch.arange(0, TILE, TILE // groups, device=device)
     alive = (begin < end) & (rows >= q_start) & (rows >= first[:, None, None])
     last = (numbers + 1).mul(TILE).clamp_max(end) - 1
     weight = (alive * (1.0 + (rows == last[:, None])))[:, None, :, :, None]
     keys = index_key[:, index_heads, :end].float()
     slots = torch.arange(end, device=device)
     chosen = torch.empty(batch, heads, tiles, blocks, dtype=torch.bool, device=device)
-    for part in row_tiles(tiles, GROUPS * batch * heads * end):
+    for part in row_tiles(tiles, groups * batch * heads * end):
         valid = (slots <= rows[part, :, None]) & (slots >= first[:, None, None, None])
-        scores = torch.matmul(queries[:, :, part.start * GROUPS : part.stop * GROUPS], keys.transpose(-1, -2))
-        scores = scores.unflatten(2, (-1, GROUPS)).masked_fill(~valid[:, None], -torch.inf)
+        scores = torch.matmul(queries[:, :, part.start * groups : part.stop * groups], keys.transpose(-1, -2))
+        scores = scores.unflatten(2, (-1, groups)).masked_fill(~valid[:, None], -torch.inf)
         scores = F.pad(scores, (0, blocks * BLOCK - end), value=-torch.inf)
         # [B, n, tiles, groups, blocks, CELLS]
         best = scores.unflatten(-1, (blocks, BLOCK // CELLS, CELLS)).amax(-2)
@@ -149,6 +178,48 @@ def _smallest_set(
 
 if HAS_TRITON:
 
+    @triton.jit
+    def _four_masses(
+        b_q,
+        p_kh,
+        o_r,
+        o_column,
+        slot,
+        stride_kn,
+        high,
+        limit,
+        first,
+        masked,
+        DIM: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        CELL_COUNT: tl.constexpr,
+        KEYS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        """log2 of the sizes `[BLOCK_G, 4]` of four blocks for each row of `b_q`, KEYS / 4 keys of each at a time."""
+        RUN: tl.constexpr = KEYS // 4
+        # [BLOCK_G, CELLS / 2, 4, 2]: the best keys of the blocks' cells
+        b_best = tl.full([b_q.shape[0], CELL_COUNT // 2, 4, 2], float("-inf"), tl.float32)
+        for i_run in tl.static_range(BLOCK_N // RUN):
+            o_n = slot + i_run * RUN + o_column
+            # [KEYS, BLOCK_R]
+            b_k = tl.load(
+                p_kh + o_n.to(tl.int64)[:, None] * stride_kn + o_r[None, :],
+                mask=(o_n < high)[:, None] & (o_r < DIM)[None, :],
+                other=0.0,
+            )
+            # [BLOCK_G, KEYS]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            if masked:
+                b_s = tl.where((o_n[None, :] < limit[:, None]) & (o_n >= first)[None, :], b_s, float("-inf"))
+            b_s = tl.reshape(b_s, (b_q.shape[0], RUN // CELL_COUNT, CELL_COUNT // 2, 4, 2))
+            b_best = tl.maximum(b_best, tl.max(b_s, 1))
+        # in units of log2
+        b_best = b_best * 1.4426950408889634
+        b_top = tl.maximum(tl.max(tl.max(b_best, 3), 1), -1.0e30)
+        b_sum = tl.sum(tl.sum(tl.exp2(b_best - b_top[:, None, :, None]), 3), 1)
+        return tl.log2(b_sum) + b_top
+
     @triton.jit(do_not_specialize=["num_heads", "groups", "blocks", "first_tile", "end"])
     def _block_mass_kernel(
         p_q,
@@ -174,6 +245,7 @@ if HAS_TRITON:
         CELL_COUNT: tl.constexpr,
         COLUMNS: tl.constexpr,
         STEPS: tl.constexpr,
+        KEYS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         """log2 of each block's size, for BLOCK_G representing rows and STEPS * COLUMNS blocks."""
@@ -187,7 +259,6 @@ if HAS_TRITON:
             first = tl.load(p_start + i_b).to(tl.int32)
         o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
         o_r = tl.arange(0, BLOCK_R)
-        o_c = tl.arange(0, COLUMNS)
         m_g = o_g < groups
         m_r = o_r < DIM
         # keys below `limit` are in sight of the row
@@ -201,34 +272,31 @@ if HAS_TRITON:
         begin = i_split * STEPS * COLUMNS
         seen = (high + BLOCK_N - 1) // BLOCK_N
         steps = tl.minimum((tl.maximum(seen - begin, 0) + COLUMNS - 1) // COLUMNS, STEPS)
+        # A thread holds columns 8 i + 2 t and 8 i + 2 t + 1 of a product. So that all keys of a block are one thread's,
+        # column 8 i + 2 t + e is key 2 i + e of the t-th of four blocks, every second one: no sum crosses threads.
+        o_k = tl.arange(0, KEYS)
+        o_column = (o_k % 8 // 2) * (2 * BLOCK_N) + o_k // 8 * 2 + o_k % 2
         for i_step in tl.range(0, steps):
             block = begin + i_step * COLUMNS
-            b_out = tl.full([BLOCK_G, COLUMNS], float("-inf"), tl.float32)
-            for i_c in tl.static_range(COLUMNS):
-                slot = (block + i_c) * BLOCK_N
-                o_n = slot + tl.arange(0, BLOCK_N)
-                m_n = o_n < high
-                # [BLOCK_N, BLOCK_R]
-                b_k = tl.load(
-                    p_kh + o_n.to(tl.int64)[:, None] * stride_kn + o_r[None, :],
-                    mask=m_n[:, None] & m_r[None, :],
-                    other=0.0,
+            # some row does not see all of these keys
+            masked = ((block + COLUMNS) * BLOCK_N > low) | (block * BLOCK_N < first)
+            for i_eight in tl.static_range(COLUMNS // 8):
+                # [BLOCK_G, 4] of even and of odd blocks: a thread has neighbours to store
+                slot = (block + i_eight * 8) * BLOCK_N
+                b_even = _four_masses(
+                    b_q, p_kh, o_r, o_column, slot, stride_kn, high, limit, first, masked,
+                    DIM, BLOCK_N, CELL_COUNT, KEYS, PRECISION,
+                )  # fmt: skip
+                b_odd = _four_masses(
+                    b_q, p_kh, o_r, o_column, slot + BLOCK_N, stride_kn, high, limit, first, masked,
+                    DIM, BLOCK_N, CELL_COUNT, KEYS, PRECISION,
+                )  # fmt: skip
+                o_block = block + i_eight * 8 + tl.arange(0, 8)
+                tl.store(
+                    p_mass + o_row[:, None] * blocks + o_block[None, :],
+                    tl.reshape(tl.join(b_even, b_odd), (BLOCK_G, 8)),
+                    mask=m_g[:, None] & (o_block < blocks)[None, :],
                 )
-                # [BLOCK_G, BLOCK_N], in units of log2
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * 1.4426950408889634
-                if (slot + BLOCK_N > low) | (slot < first):
-                    b_s = tl.where((o_n[None, :] < limit[:, None]) & (o_n >= first)[None, :], b_s, float("-inf"))
-                # [BLOCK_G, CELLS]; the keys of a cell lie in one thread's registers
-                b_s = tl.max(tl.reshape(b_s, (BLOCK_G, BLOCK_N // CELL_COUNT, CELL_COUNT)), 1)
-                b_top = tl.maximum(tl.max(b_s, 1), -1.0e30)
-                b_mass = tl.log2(tl.sum(tl.exp2(b_s - b_top[:, None]), 1)) + b_top
-                b_out = tl.where((o_c == i_c)[None, :], b_mass[:, None], b_out)
-            o_block = block + o_c
-            tl.store(
-                p_mass + o_row[:, None] * blocks + o_block[None, :],
-                b_out,
-                mask=m_g[:, None] & (o_block < blocks)[None, :],
-            )
 
     @triton.jit(
         do_not_specialize=["num_heads", "tiles", "blocks", "first_tile", "q_start", "end", "num_sinks", "min_blocks"]
@@ -238,6 +306,9 @@ if HAS_TRITON:
         p_start,
         p_indices,
         p_counts,
+        stride_it,
+        stride_ih,
+        stride_ch,
         num_heads,
         tiles,
         blocks,
@@ -305,20 +376,19 @@ if HAS_TRITON:
         # ranks chunk by chunk: a prefix sum over all blocks would not fit into registers; the shares wait in the
         # tile's first row of masses, which has been read
         p_shares = p_mass + i_tile * parts * blocks
-        tl.store(p_shares + o_j, b_sum, mask=o_j < blocks)
+        # what is forced is above every level
+        tl.store(p_shares + o_j, tl.where(m_forced, 2.0, b_sum), mask=o_j < blocks)
         tl.debug_barrier()
         level = low.to(tl.float32, bitcast=True)
+        p_list = p_indices + i_row.to(tl.int64) * stride_ih + i_t.to(tl.int64) * stride_it
         count = tl.zeros([], tl.int32)
         for i_c in tl.range(0, (stop + PLACES * BLOCK_N - 1) // (PLACES * BLOCK_N)):
             o_c = i_c * PLACES + tl.arange(0, PLACES)
-            m_list = (o_c * BLOCK_N < stop) & ((o_c + 1) * BLOCK_N > first)
-            m_kept = ((o_c * BLOCK_N < first + num_sinks) & (num_sinks > 0)) | (o_c >= begin // BLOCK_N - RECENT)
-            b_share = tl.load(p_shares + o_c, mask=m_list, other=-1.0)
-            b_taken = (m_list & (m_kept | (b_share >= level))).to(tl.int32)
+            b_taken = (tl.load(p_shares + o_c, mask=o_c < blocks, other=-1.0) >= level).to(tl.int32)
             o_rank = count + tl.cumsum(b_taken, 0) - 1
-            tl.store(p_indices + i_tile * blocks + o_rank, o_c, mask=b_taken > 0)
+            tl.store(p_list + o_rank, o_c, mask=b_taken > 0)
             count += tl.sum(b_taken, 0)
-        tl.store(p_counts + i_tile, count)
+        tl.store(p_counts + i_row.to(tl.int64) * stride_ch + i_t, count)
 
     def select_tile_blocks(
         index_query: torch.Tensor,
@@ -330,19 +400,21 @@ if HAS_TRITON:
         num_sinks: int,
         q_start: int,
         start: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`tile_blocks_reference` as lists: ascending int32 `[B, n, tiles, blocks]` and counts `[B, n, tiles]`.
+        indices: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """`tile_blocks_reference` as lists, for rows on one side of slot FAR.
 
-        Stores `GROUPS * blocks` fp32 masses for each tile and head: the caller bounds the tiles of one call.
+        `indices` and `counts`, of `empty_lists` or a range of their tiles, receive them. Stores fp32 masses, as many as
+        `mass_bytes` says: the caller bounds the tiles of one call.
         """
         batch, heads, q_len, dim = index_query.shape
         device, end = index_query.device, q_start + q_len
         first_tile, tiles = tile_range(q_start, q_len)
-        blocks, groups = ceil_div(end, BLOCK), tiles * GROUPS
+        group = group_rows(q_start)
+        blocks, groups = ceil_div(end, BLOCK), tiles * TILE // group
         sampled = _sampled(index_query, representing_rows(q_start, q_len, device), q_start).contiguous()
         mass = torch.empty(batch, heads, groups, blocks, dtype=torch.float32, device=device)
-        indices = torch.empty(batch, heads, tiles, blocks, dtype=torch.int32, device=device)
-        counts = torch.empty(batch, heads, tiles, dtype=torch.int32, device=device)
         launch = MASS_LAUNCH
         per_program = launch["columns"] * launch["steps"]
         grid = (ceil_div(groups, launch["rows"]), ceil_div(blocks, per_program), batch * heads)
@@ -365,10 +437,11 @@ if HAS_TRITON:
                 BLOCK_G=launch["rows"],
                 BLOCK_N=BLOCK,
                 TILE_ROWS=TILE,
-                GROUP_ROWS=GROUP,
+                GROUP_ROWS=group,
                 CELL_COUNT=CELLS,
                 COLUMNS=launch["columns"],
                 STEPS=launch["steps"],
+                KEYS=min(launch["keys"], 4 * BLOCK),
                 PRECISION="ieee",
                 num_warps=launch["warps"],
                 num_stages=launch["stages"],
@@ -379,6 +452,9 @@ if HAS_TRITON:
                 start,
                 indices,
                 counts,
+                indices.stride(2),
+                indices.stride(1),
+                counts.stride(1),
                 heads,
                 tiles,
                 blocks,
@@ -393,10 +469,9 @@ if HAS_TRITON:
                 SIZE=size,
                 PLACES=min(size, CHUNK),
                 TILE_ROWS=TILE,
-                GROUP_ROWS=GROUP,
+                GROUP_ROWS=group,
                 BLOCK_N=BLOCK,
                 RECENT=RECENT_BLOCKS,
                 STEPS=20,
                 num_warps=16 if size >= 8192 else 8 if size >= 2048 else 4,
             )
-        return indices, counts

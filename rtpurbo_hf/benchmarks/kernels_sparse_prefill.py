@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from ..kernels.common import index_tensor
 from ..kernels.dense import choose_path, dense_attention
-from ..kernels.sparse_prefill import pieces, sparse_prefill_attention, sparse_prefill_attention_reference
-from ..kernels.tile_blocks import BLOCK, TILE, select_tile_blocks
+from ..kernels.sparse_prefill import piece_lists, sparse_prefill_attention, sparse_prefill_attention_reference
+from ..kernels.tile_blocks import BLOCK, TILE
 from .harness import Row, Timing, checked, matmul_rate, measure, relative_error
 from .kernels_decode import INDEX_DIM, SELECTED, TOP_P, spreads
 from .kernels_prefill import LONG, LONG_PEER_SECONDS, NUM_SINKS, OTHERS, PAPER, Geometry, Layer, fa2_time
@@ -101,20 +101,18 @@ class SparseLayer:
 
     def select(self) -> list[torch.Tensor]:
         """The selection alone, as `sparse_prefill_attention` does it; the counts of each piece."""
-        counts = []
-        for rows in pieces(self.layer.length, q_start=0, rows=len(self.index_heads)):
-            _, count = select_tile_blocks(
-                self.index_query[:, :, rows],
-                self.index_key,
-                index_heads=index_tensor(self.index_heads, self.index_query.device),
-                top_p=TOP_P,
-                min_tokens=0,
-                num_sinks=NUM_SINKS,
-                q_start=rows.start,
-                start=None,
-            )
-            counts.append(count)
-        return counts
+        lists = piece_lists(
+            self.index_query,
+            self.index_key,
+            index_heads=index_tensor(self.index_heads, self.index_query.device),
+            q_start=0,
+            start=None,
+            fused=True,
+            top_p=TOP_P,
+            min_tokens=0,
+            num_sinks=NUM_SINKS,
+        )
+        return [counts for _, _, counts in lists]
 
     def check(self) -> tuple[float, dict[str, float]]:
         """Worst error of a head on sampled tiles against the reference, and the exact mass that those tiles keep."""

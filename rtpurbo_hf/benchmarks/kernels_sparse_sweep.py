@@ -3,9 +3,9 @@
 Cases, each with `setting` in its row; `ms` is the retrieval heads' time of one layer, on the inputs of
 `kernels_sparse_prefill`:
 
-    sweep_attend   tile rows, warps, stages and TMA of the attention kernel      the selection is the shipped one
-    sweep_score    rows, columns, warps and stages of the scoring kernel         `ms` is the selection alone
-    sweep_select   block size, representing rows, cells, and mass to reach       with the best launches found before
+    sweep_attend   keys of a step and stages, or the portable kernel's launch    the selection is the shipped one
+    sweep_score    rows, keys, columns and stages of the scoring kernel          `ms` is the selection alone
+    sweep_select   block size, representing rows, cells, mass to reach, pieces   with the best launches found before
 
 Settings of the selection change what is read: compare them at equal `kept_mass`. A setting that does not fit into the
 device is left out of the rows and logged.
@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from ..kernels import sparse_prefill, tile_blocks
+from ..kernels import sparse_prefill, sparse_prefill_hopper, sparse_prefill_triton, tile_blocks
 from .harness import Row, checked, measure
 from .kernels_prefill import PAPER
 from .kernels_sparse_prefill import RATIO, TOLERANCE, SparseLayer
@@ -35,51 +35,54 @@ Setting = dict[str, Any]
 
 ATTEND: tuple[Setting, ...] = (
     {},
-    *(
-        {"rows": rows, "warps": warps, "stages": stages, "tma": tma}
-        for rows, warps, stages, tma in (
-            (128, 8, 4, True),
-            (128, 8, 6, True),
-            (64, 4, 4, True),
-            (64, 4, 5, True),
-            (128, 8, 3, False),
-            (128, 8, 4, False),
-        )
-    ),
+    {"keys": 128, "stages": 3},
+    {"keys": 64, "stages": 4},
+    {"rows": 128, "warps": 8, "stages": 3, "step_keys": 64},
+    {"rows": 128, "warps": 8, "stages": 2, "step_keys": 128},
+    {"rows": 64, "warps": 4, "stages": 3, "step_keys": 64},
 )
 SCORE: tuple[Setting, ...] = (
     {},
+    {"keys": 64},
+    {"rows": 128, "keys": 64},
+    {"rows": 128, "keys": 32},
+    {"rows": 128},
+    {"columns": 16, "steps": 4},
+    {"steps": 32},
     {"stages": 2},
     {"stages": 4},
-    {"columns": 16, "steps": 4},
-    {"columns": 4, "steps": 16},
-    {"rows": 128, "warps": 8},
-    {"rows": 128},
-    {"steps": 32},
 )
 SELECT: tuple[Setting, ...] = (
     {},
     {"MISSED": 1.0},
     {"MISSED": 0.5},
-    {"BLOCK": 32},
-    {"BLOCK": 32, "STEP_BLOCKS": 2},
-    {"BLOCK": 32, "STEP_BLOCKS": 4, "launch": {"rows": 128, "warps": 8, "stages": 3, "tma": False}},
+    {"BLOCK": 16},
+    {"BLOCK": 64},
     {"BLOCK": 128},
-    {"GROUP": 4},
-    {"GROUP": 16},
+    {"FAR": 0},
+    {"FAR": 1 << 40},
+    {"FAR": 0, "FAR_GROUP": 4},
+    {"CELLS": 4},
     {"CELLS": 16},
-    {"CELLS": 64},
+    {"WORKSPACE_BYTES": 1 << 30},
 )
 
 
 @contextmanager
 def attending(setting: Setting) -> Iterator[None]:
-    """The attention kernel with another launch; {} leaves it as shipped."""
-    if not setting:
-        yield
-        return
-    launch = (setting["rows"], setting["warps"], setting["stages"], setting["tma"])
-    with mock.patch.object(sparse_prefill, "_launch", return_value=launch):
+    """The attention kernel with another launch; {} leaves it as shipped.
+
+    `keys` and `stages` are the Hopper kernel's; with `rows` it is the portable one, and `step_keys` its keys of a step.
+    """
+    with ExitStack() as stack:
+        if "rows" in setting:
+            launch = (setting["rows"], setting["warps"], setting["stages"], False)
+            stack.enter_context(mock.patch.object(sparse_prefill, "hopper_fits", return_value=False))
+            stack.enter_context(mock.patch.object(sparse_prefill_triton, "_launch", return_value=launch))
+            stack.enter_context(mock.patch.object(sparse_prefill_triton, "STEP_KEYS", setting["step_keys"]))
+        elif setting:
+            tiles = {PAPER.head_dim: (64, setting["keys"], setting["stages"], 240)}
+            stack.enter_context(mock.patch.dict(sparse_prefill_hopper.TILES, tiles))
         yield
 
 
@@ -92,15 +95,10 @@ def scoring(setting: Setting) -> Iterator[None]:
 
 @contextmanager
 def selecting(setting: Setting) -> Iterator[None]:
-    """Other constants of the selection, in the modules that hold them; `launch`: the attention kernel's."""
-    values = dict(setting)
-    launch = values.pop("launch", {})
-    if "GROUP" in values:
-        values["GROUPS"] = tile_blocks.TILE // values["GROUP"]
+    """Other constants of the selection, in the modules that hold them."""
     with ExitStack() as stack:
-        stack.enter_context(attending(launch))
         for module in (tile_blocks, sparse_prefill):
-            held = {name: value for name, value in values.items() if hasattr(module, name)}
+            held = {name: value for name, value in setting.items() if hasattr(module, name)}
             if held:
                 stack.enter_context(mock.patch.multiple(module, **held))
         yield

@@ -18,8 +18,8 @@ from torch.nn.functional import normalize
 
 from ..kernels.common import index_tensor
 from ..kernels.score_select import select_top_p
-from ..kernels.sparse_prefill import pieces
-from ..kernels.tile_blocks import BLOCK, TILE, tile_blocks_reference
+from ..kernels.sparse_prefill import piece_lists
+from ..kernels.tile_blocks import BLOCK, TILE
 from ..modeling.attention_rtpurbo import AttentionInputs
 from ..modeling.cache_rtpurbo import RTPurboCache, RTPurboCacheLayer
 from ..modeling.indexer_rtpurbo import RTPurboIndexer
@@ -133,18 +133,18 @@ class PlantedIndex:
         indexer = ranked[len(ranked) // 2]
         query, key = self.vectors(indexer)
         heads = index_tensor(indexer.plan.index_heads, query.device)
-        options = {"top_p": config.index_top_p, "min_tokens": 0, "num_sinks": config.num_sink_tokens, "start": None}
-        read = 0
-        for rows in pieces(self.length, q_start=0, rows=query.shape[1]):
-            piece, end = query[:, :, rows], rows.stop
-            if query.is_cuda:
-                from ..kernels.tile_blocks import select_tile_blocks
-
-                _, counts = select_tile_blocks(piece, key, index_heads=heads, q_start=rows.start, **options)
-                read += int(counts.sum())
-            else:
-                listed = tile_blocks_reference(piece, key[:, :, :end], index_heads=heads, q_start=rows.start, **options)
-                read += int(listed.sum())
+        lists = piece_lists(
+            query,
+            key,
+            index_heads=heads,
+            q_start=0,
+            start=None,
+            fused=query.is_cuda,
+            top_p=config.index_top_p,
+            min_tokens=0,
+            num_sinks=config.num_sink_tokens,
+        )
+        read = sum(int(counts.sum()) for _, _, counts in lists)
         tiles = -(-self.length // TILE)
         return read / (query.shape[1] * sum((tile + 1) * TILE // BLOCK for tile in range(tiles)))
 

@@ -5,7 +5,7 @@ import torch
 
 from rtpurbo_hf.benchmarks.kernels import run_kernel_benchmarks
 from rtpurbo_hf.benchmarks.kernels_sparse_sweep import ATTEND, SCORE, SELECT, attending, scoring, selecting
-from rtpurbo_hf.kernels import sparse_prefill, tile_blocks
+from rtpurbo_hf.kernels import sparse_prefill, sparse_prefill_hopper, sparse_prefill_triton, tile_blocks
 from rtpurbo_hf.kernels.common import HAS_TRITON
 from rtpurbo_hf.kernels.sparse_prefill import sparse_prefill_attention
 
@@ -23,7 +23,7 @@ def attend(backend="triton", length=450):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", [SCORE[-1], {"columns": 4, "rows": 32}], ids=str)
+@pytest.mark.parametrize("setting", [SCORE[-1], {"columns": 16, "rows": 32, "keys": 64}], ids=str)
 def test_launches_of_the_scores_change_nothing(setting):
     expected = attend()
     with scoring(setting):
@@ -32,21 +32,30 @@ def test_launches_of_the_scores_change_nothing(setting):
 
 
 def test_launches_of_the_attention_change_nothing():
-    assert all(set(setting) <= {"rows", "warps", "stages", "tma"} for setting in ATTEND)
     expected = attend()
-    with attending({"rows": 128, "warps": 1, "stages": 1, "tma": False}):
+    with attending({"rows": 128, "warps": 1, "stages": 1, "step_keys": 128}):
         torch.testing.assert_close(attend(), expected)
+
+
+@pytest.mark.parametrize("setting", ATTEND, ids=str)
+def test_launches_of_the_attention_end_with_the_sweep(setting):
+    def shipped():
+        tiles = dict(sparse_prefill_hopper.TILES)
+        return tiles, sparse_prefill.hopper_fits, sparse_prefill_triton._launch, sparse_prefill_triton.STEP_KEYS
+
+    before = shipped()
+    with attending(setting):
+        assert (shipped() != before) == bool(setting)
+    assert shipped() == before
 
 
 @pytest.mark.parametrize("setting", SELECT, ids=str)
 def test_settings_of_the_selection_hold_in_kernels_and_reference_alike(setting):
-    shipped = tile_blocks.BLOCK, tile_blocks.GROUPS, tile_blocks.CELLS, tile_blocks.MISSED, sparse_prefill.STEP_BLOCKS
-    small = setting | ({"launch": {"rows": 64, "warps": 1, "stages": 1, "tma": False}} if "launch" in setting else {})
-    with selecting(small):
-        found = attend()
-        torch.testing.assert_close(found, attend("reference"), rtol=1e-4, atol=1e-5)
-    now = tile_blocks.BLOCK, tile_blocks.GROUPS, tile_blocks.CELLS, tile_blocks.MISSED, sparse_prefill.STEP_BLOCKS
-    assert now == shipped
+    shipped = {module: dict(vars(module)) for module in (tile_blocks, sparse_prefill)}
+    with selecting(setting):
+        assert all(any(vars(module).get(name) == value for module in shipped) for name, value in setting.items())
+        torch.testing.assert_close(attend(), attend("reference"), rtol=1e-4, atol=1e-5)
+    assert all(vars(module)[name] is value for module, held in shipped.items() for name, value in held.items())
 
 
 def test_other_parts_have_no_sweep(tmp_path):

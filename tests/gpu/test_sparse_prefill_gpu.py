@@ -5,15 +5,23 @@ import math
 import pytest
 import torch
 
-from rtpurbo_hf.kernels import sparse_prefill
-from rtpurbo_hf.kernels.sparse_prefill import sparse_prefill_attention, sparse_prefill_attention_reference
-from rtpurbo_hf.kernels.tile_blocks import BLOCK, TILE, select_tile_blocks, tile_blocks_reference
+from rtpurbo_hf.kernels import sparse_prefill, tile_blocks
+from rtpurbo_hf.kernels.sparse_prefill import piece_lists, sparse_prefill_attention, sparse_prefill_attention_reference
+from rtpurbo_hf.kernels.tile_blocks import BLOCK, TILE, tile_blocks_reference
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 HEADS, KV_HEADS, INDEX_HEADS = (0, 2, 5), (0, 0, 1), (0, 1, 2)
+
+
+@pytest.fixture(params=["default", "portable"])
+def path(request, monkeypatch):
+    """The attention kernel that the device gets by default, and the portable one everywhere."""
+    if request.param == "portable":
+        monkeypatch.setattr(sparse_prefill, "hopper_fits", lambda *args: False)
+    return request.param
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -69,7 +77,7 @@ def test_lists_at_16k():
     arguments = inputs(length)
     names = ("index_query", "index_key", "top_p", "min_tokens", "num_sinks", "start")
     chosen = {name: arguments[name] for name in names} | {"index_heads": torch.tensor(INDEX_HEADS, device="cuda")}
-    indices, counts = select_tile_blocks(**chosen, q_start=0)
+    ((_, indices, counts),) = piece_lists(**chosen, q_start=0, fused=True)
     expected = tile_blocks_reference(**chosen)
     number = torch.arange(indices.shape[-1], device="cuda")
     listed = number < counts[..., None]
@@ -86,7 +94,7 @@ def test_lists_at_16k():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_head_dims_at_16k(head_dim, dtype):
+def test_head_dims_at_16k(head_dim, dtype, path):
     arguments = inputs(16_384 + 111, head_dim=head_dim, dtype=dtype)
     out = run(arguments)
     assert out[:, :, list(HEADS)].isfinite().all()
@@ -96,7 +104,7 @@ def test_head_dims_at_16k(head_dim, dtype):
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("with_logits", [False, True])
-def test_variants_with_padding(softcap, with_logits):
+def test_variants_with_padding(softcap, with_logits, path):
     start = torch.tensor((0, 777, 2999), device="cuda")
     logits = random(6, dtype=torch.float32, seed=7) if with_logits else None
     arguments = inputs(3000, batch=3, start=start, softcap=softcap, sink_logits=logits, min_tokens=512, top_p=0.5)
@@ -106,7 +114,25 @@ def test_variants_with_padding(softcap, with_logits):
         assert (out[row, :slot][:, list(HEADS)] == 0).all()
 
 
-def test_everything_is_dense_attention():
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_block_sizes(block, monkeypatch):
+    """Several blocks are copied to one tile of keys; a chunk that starts inside a tile and ends inside a block."""
+    for module in (sparse_prefill, tile_blocks):
+        monkeypatch.setattr(module, "BLOCK", block)
+    start = torch.tensor((0, 1000), device="cuda")
+    arguments = inputs(3001, batch=2, start=start, top_p=0.5, q_start=1111)
+    for name in ("query", "index_query", "out"):
+        length = 1 if name == "out" else 2
+        arguments[name] = arguments[name].narrow(length, 1111, 3001 - 1111)
+    found = run(arguments).clone()
+    heads = {"heads": HEADS, "kv_heads": KV_HEADS, "index_heads": INDEX_HEADS}
+    expected = sparse_prefill_attention(**(arguments | heads | {"out": torch.zeros_like(found)}), backend="reference")
+    for head in HEADS:
+        error = (found[:, :, head].float() - expected[:, :, head].float()).norm()
+        assert float(error / expected[:, :, head].float().norm()) < 5e-3
+
+
+def test_everything_is_dense_attention(path):
     arguments = inputs(5000, top_p=1.0)
     out = run(arguments)
     for head, kv_head in zip(HEADS, KV_HEADS, strict=True):
@@ -130,7 +156,7 @@ def test_chunks_and_pieces_equal_one_call(monkeypatch):
     assert torch.equal(run(arguments)[:, :, list(HEADS)], whole)
 
 
-def test_long_strided_store():
+def test_long_strided_store(path):
     """Keys in a store longer than the prompt, as a cache holds them, with NaN behind the end."""
     arguments = inputs(33_000)
     for name in ("key", "index_key"):

@@ -305,7 +305,7 @@ class Case:
 def cases() -> Iterator[Case]:
     tested: dict[Callable[..., None], tuple[int, ...]] = {
         local_prefill: (80, 90),
-        sparse_prefill: (90,),
+        sparse_prefill: (80, 90),
         decode: (90,),
         step_inputs: (90,),
         prefill_inputs: (80, 90),

@@ -21,6 +21,7 @@ KERNELS = HERE.parents[1] / "kernels"
 KNOWN_WITH = "3.9."
 KNOWN_SPILLS = {
     (80, "sink_window_triton._sink_window_kernel"): 260,
+    (80, "sparse_prefill_triton._sparse_prefill_kernel"): 104,
     (90, "sink_window_hopper._sink_window_hopper_kernel"): 1048,
     (90, "score_select._score_select_kernel"): 184,
     (90, "indexer_kl_triton._rows_kernel"): 424,

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rtpurbo_hf.kernels import sparse_prefill, tile_blocks
+from rtpurbo_hf.kernels import sparse_prefill, sparse_prefill_triton, tile_blocks
 from rtpurbo_hf.kernels.common import HAS_TRITON, masked_softmax, soft_cap
 from rtpurbo_hf.kernels.dense import dense_attention_reference
-from rtpurbo_hf.kernels.sparse_prefill import sparse_prefill_attention
+from rtpurbo_hf.kernels.sparse_prefill import piece_lists, sparse_prefill_attention
 from rtpurbo_hf.kernels.tile_blocks import (
     BLOCK,
     CELLS,
     GROUP,
-    GROUPS,
     MISSED,
     RECENT_BLOCKS,
     TILE,
@@ -134,12 +133,10 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 @needs_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lists_match_reference(case):
-    from rtpurbo_hf.kernels.tile_blocks import select_tile_blocks
-
     arguments = inputs(case)
     chosen = {name: arguments[name] for name in SELECTION}
     heads = torch.tensor(arguments["index_heads"], device=DEVICE)
-    indices, counts = select_tile_blocks(index_heads=heads, **chosen)
+    ((_, indices, counts),) = piece_lists(index_heads=heads, fused=True, **chosen)
     expected = blocks(arguments)
     assert torch.equal(counts.long(), expected.sum(-1))
     for place in expected.any(-1).nonzero().tolist():
@@ -182,16 +179,17 @@ def test_lists_hold_the_written_sets():
     expected = {0, *range(own - RECENT_BLOCKS, own + TILE // BLOCK)}
     share = torch.zeros(own + TILE // BLOCK)
     key = arguments["index_key"][0, arguments["index_heads"][head]]
-    for group in range(GROUPS):
+    groups = TILE // GROUP
+    for group in range(groups):
         stop = tile * TILE + (group + 1) * GROUP
         size = torch.exp(key[:stop] @ arguments["index_query"][0, head, stop - 1])
         cells = [
             [float(size[j * BLOCK + c : (j + 1) * BLOCK : CELLS].max()) for c in range(CELLS) if j * BLOCK + c < stop]
             for j in range(-(-stop // BLOCK))
         ]
-        whole, weight = sum(map(sum, cells)), 2 if group == GROUPS - 1 else 1
+        whole, weight = sum(map(sum, cells)), 2 if group == groups - 1 else 1
         for j, block in enumerate(cells):
-            share[j] += weight * sum(block) / whole / (GROUPS + 1)
+            share[j] += weight * sum(block) / whole / (groups + 1)
     assert float(share.sum()) == pytest.approx(1, abs=1e-5)
     held = float(share[list(expected)].sum())
     for j in share.argsort(descending=True).tolist():
@@ -241,13 +239,33 @@ def test_small_workspace_changes_nothing(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("case", [Case(900, top_p=0.3), Case(700, q_start=333, start=(0, 290), head_dim=80)], ids=str)
 def test_several_blocks_a_step(monkeypatch, case):
-    """Smaller blocks, gathered two and four at a time."""
-    for module in (sparse_prefill, tile_blocks):
-        monkeypatch.setattr(module, "BLOCK", 32)
+    """One, two and four blocks at a time."""
     arguments = inputs(case)
     expected = run(arguments, "reference")
-    for per_step in (2, 4):
-        monkeypatch.setattr(sparse_prefill, "STEP_BLOCKS", per_step)
+    for per_step in (1, 2, 4):
+        monkeypatch.setattr(sparse_prefill_triton, "STEP_KEYS", per_step * BLOCK)
+        assert relative_error(run(arguments, "triton"), expected) < (1e-5 if DEVICE == "cpu" else 5e-3)
+
+
+@needs_triton
+@pytest.mark.parametrize("q_start", [0, 200, 512])
+def test_fewer_rows_represent_far_tiles(monkeypatch, q_start):
+    """Tiles on either side of the slot, in one call and in several pieces, against calls that see one side only."""
+    case = Case(900, top_p=0.5, q_start=q_start, start=(0, 70))
+    arguments = inputs(case)
+    near, cut = blocks(arguments), 512 // TILE - q_start // TILE
+    monkeypatch.setattr(tile_blocks, "GROUP", tile_blocks.FAR_GROUP)
+    far = blocks(arguments)
+    monkeypatch.undo()
+    for module in (tile_blocks, sparse_prefill):
+        monkeypatch.setattr(module, "FAR", 512)
+    found = blocks(arguments)
+    assert torch.equal(found[:, :, :cut], near[:, :, :cut])
+    assert torch.equal(found[:, :, cut:], far[:, :, cut:])
+    assert not torch.equal(far[:, :, cut:], near[:, :, cut:])
+    expected = run(arguments, "reference")
+    for size in (1 << 28, 1):
+        monkeypatch.setattr(sparse_prefill, "WORKSPACE_BYTES", size)
         assert relative_error(run(arguments, "triton"), expected) < (1e-5 if DEVICE == "cpu" else 5e-3)
 
 
