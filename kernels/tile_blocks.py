@@ -41,7 +41,7 @@ GROUP, FAR_GROUP, FAR = 8, 16, 1 << 18
 # of a block, each counted as its best key; and of the mass that p lets a row miss, what a tile may miss on average
 CELLS, MISSED = 8, 0.7
 # blocks whose places in a list are found at a time
-CHUNK = 2048
+CHUNK = 1024
 # of the scoring kernel: representing rows and blocks of a program (steps x columns, columns in eights), keys of a
 # product, warps, pipeline stages
 MASS_LAUNCH = {"rows": 64, "columns": 8, "steps": 8, "keys": 64, "warps": 4, "stages": 3}
@@ -376,15 +376,17 @@ if HAS_TRITON:
         # ranks chunk by chunk: a prefix sum over all blocks would not fit into registers; the shares wait in the
         # tile's first row of masses, which has been read
         p_shares = p_mass + i_tile * parts * blocks
-        # what is forced is above every level
-        tl.store(p_shares + o_j, tl.where(m_forced, 2.0, b_sum), mask=o_j < blocks)
+        tl.store(p_shares + o_j, b_sum, mask=o_j < blocks)
         tl.debug_barrier()
         level = low.to(tl.float32, bitcast=True)
         p_list = p_indices + i_row.to(tl.int64) * stride_ih + i_t.to(tl.int64) * stride_it
         count = tl.zeros([], tl.int32)
         for i_c in tl.range(0, (stop + PLACES * BLOCK_N - 1) // (PLACES * BLOCK_N)):
             o_c = i_c * PLACES + tl.arange(0, PLACES)
-            b_taken = (tl.load(p_shares + o_c, mask=o_c < blocks, other=-1.0) >= level).to(tl.int32)
+            m_list = (o_c * BLOCK_N < stop) & ((o_c + 1) * BLOCK_N > first)
+            m_kept = ((o_c * BLOCK_N < first + num_sinks) & (num_sinks > 0)) | (o_c >= begin // BLOCK_N - RECENT)
+            b_share = tl.load(p_shares + o_c, mask=m_list, other=-1.0)
+            b_taken = (m_list & (m_kept | (b_share >= level))).to(tl.int32)
             o_rank = count + tl.cumsum(b_taken, 0) - 1
             tl.store(p_list + o_rank, o_c, mask=b_taken > 0)
             count += tl.sum(b_taken, 0)

@@ -102,8 +102,8 @@ def is_gated_silu(cls: type[nn.Module]) -> bool:
         sizes = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
         weights = {name: torch.randn(size, generator=generator, device="cpu") for name, size in sizes.items()}
         for name, weight in weights.items():
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cpu", dtype=torch.float32)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear: Any = _empty_module(nn.Linear)  # its constructor would draw from the global generator
+            linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), None
             setattr(module, name, linear)
         module.act_fn = act
         hidden = torch.randn(3, 8, generator=generator, device="cpu")

@@ -10,7 +10,7 @@ from torch import nn
 
 from rtpurbo_hf.kernels.rms_norm import rms_norm_reference
 from rtpurbo_hf.modeling import fused_rtpurbo
-from rtpurbo_hf.modeling.fused_rtpurbo import is_gated_silu, is_known_mlp, norm_form, norm_rule
+from rtpurbo_hf.modeling.fused_rtpurbo import fuse, is_gated_silu, is_known_mlp, norm_form, norm_rule
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
 
 OFFSET = {"gemma", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_next"}
@@ -139,6 +139,17 @@ class _Same(_Shifted):
 class _TwoArguments(_Same):
     def forward(self, hidden, gate=None):
         return super().forward(hidden)
+
+
+def test_trying_draws_no_global_random_numbers():
+    """Regression: the first model of a process got other random weights than the second."""
+    base = tiny_base("llama")
+    for cached in (norm_form, is_gated_silu):
+        cached.cache_clear()
+    before = torch.get_rng_state()
+    fuse(base, None)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(norms(base)) == 2 * base.config.num_hidden_layers + 1
 
 
 def test_nearly_is_not_enough():
