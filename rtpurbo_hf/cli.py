@@ -203,7 +203,7 @@ def calibrate(
             help="score: by needle score alone, as in the paper. even: without heads that score no more than even "
             "attention would, so maybe fewer than asked."
         ),
-    ] = HeadRule.score,
+    ] = HeadRule.even,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",

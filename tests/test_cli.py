@@ -101,7 +101,20 @@ def test_generate_is_deterministic(adapted, workplace):
 
 def test_calibrate_then_train_indexer(workplace):
     common = ("--data", "texts", "--context", "320", "--device", "cpu")
-    rtpurbo(workplace, "calibrate", "base", *common, "--documents", "2", "--ratio", "0.25", "--output", "heads")
+    rtpurbo(
+        workplace,
+        "calibrate",
+        "base",
+        *common,
+        "--documents",
+        "2",
+        "--ratio",
+        "0.25",
+        "--rule",
+        "score",
+        "--output",
+        "heads",
+    )
     record = json.loads((workplace / "heads" / "calibration.json").read_text())
     assert sum(map(len, record["retrieval_heads"])) == 2
     assert (workplace / "heads" / "heads.png").exists()
