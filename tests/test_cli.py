@@ -48,7 +48,8 @@ def rtpurbo(folder, *arguments, code=0):
 
 ADAPT = (
     "adapt", "base", "--preset", "demo", "--data", "texts", "--context", "640", "--window", "64", "--steps", "6",
-    "--train-blocks", "4", "--min-tokens", "8", "--ratio", "0.25", "--device", "cpu",
+    "--train-blocks", "4", "--min-tokens", "8", "--ratio", "0.25", "--head-rule", "score",
+    "--device", "cpu",
 )  # fmt: skip
 
 
