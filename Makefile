@@ -13,8 +13,8 @@ CHECKED := $(ROOMS) tests
 BENCH ?= kernels --output build/bench
 
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-model results-training results-smollm2-8k \
-	results-gemma3-32k results-ablation results-sparse-prefill
+.PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-model results-training \
+	results-smollm2-8k results-heads results-stage2 results-gemma3-32k results-ablation results-sparse-prefill
 
 help:
 	@echo "make demo       adapt SmolLM2-135M to RTPurbo on this machine, report in build/demo"
@@ -88,10 +88,14 @@ TOOL := $(if $(filter $(BIN)/rtpurbo,$(RTPURBO)),$(VENV)/.installed-demo)
 TEXTS := --data $(RESULTS)/texts/bible.jsonl --data $(RESULTS)/texts/anarchism.jsonl --data $(RESULTS)/texts/python.jsonl
 LONG_TEXTS := $(subst /texts/,/long-texts/,$(TEXTS))
 SMOLLM2 := smollm2-135m --preset default --context 8192 --window 2048 --learning-rate 3e-3 --steps 400 --train-blocks 48
+SMOLLM2_STAGE2 := --stages 1,2 --stage2-blocks 300 --stage2-steps 100 --accumulation 4 --stage2-schedule cosine --label-rows 600 --no-checkpointing
 GEMMA3 := gemma3-270m --preset default --context 32768 --window 8192 --steps 300 --train-blocks 24
-TOGETHER := --compare base --suite ppl,passkey,sparsity --device cuda
+GEMMA3_STAGE2 := --stages 1,2 --stage2-blocks 80 --stage2-steps 40 --accumulation 2 --stage2-schedule cosine --label-rows 600 --checkpointing
+TOGETHER := --compare base --suite ruler,ppl,passkey,sparsity --device cuda --batch-tokens 196608
+STAGE2_EVAL := --compare base --suite ppl,passkey,sparsity --device cuda --variants headwise,sparse --lengths 8192 --blocks 24 --samples 12 $(TEXTS)
 
-results: results-kernels results-model results-training results-smollm2-8k results-gemma3-32k results-ablation results-sparse-prefill
+results: results-kernels results-model results-training results-smollm2-8k results-heads results-stage2 results-gemma3-32k \
+	results-ablation results-sparse-prefill
 
 # From Debian packages and Python's sources: a machine that lacks them takes the folders of one that has them.
 $(RESULTS)/texts: | $(TOOL)
@@ -110,20 +114,35 @@ results-training: $(TOOL)
 	$(RTPURBO) bench training --preset paper --name training-h100 --output $(RESULTS)
 
 results-smollm2-8k: $(TOOL) | $(RESULTS)/texts
-	$(RTPURBO) adapt $(SMOLLM2) --stages 1,2 --stage2-steps 100 --accumulation 4 --stage2-learning-rate 2e-5 --label-rows 1000 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k
-	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter $(TOGETHER) --variants headwise,sparse --emulated streaming,oracle,topk:equal --lengths 8192 --blocks 16 --samples 10 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage1
-	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse --lengths 8192 --blocks 16 --samples 10 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage2
+	$(RTPURBO) adapt $(SMOLLM2) --head-rule even $(SMOLLM2_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated streaming,oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage1
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated oracle,topk:equal --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage2
+
+results-heads: $(TOOL) | $(RESULTS)/texts
+	$(RTPURBO) adapt $(SMOLLM2) --head-rule score $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k-score
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k-score/adapter $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated streaming,oracle,topk:equal --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-score-stage1
+
+# stage 2 with other settings: both head rules, all weights at several learning rates
+results-stage2: $(TOOL) | $(RESULTS)/texts
+	$(RTPURBO) adapt $(SMOLLM2) --head-rule score $(SMOLLM2_STAGE2) --stage2-learning-rate 1e-5 $(TEXTS) --device cuda --output $(RESULTS)/stage2-score-1e-5
+	$(RTPURBO) eval $(RESULTS)/stage2-score-1e-5/model $(STAGE2_EVAL) --output $(RESULTS)/stage2-score-1e-5-eval
+	$(RTPURBO) adapt $(SMOLLM2) --head-rule score $(SMOLLM2_STAGE2) --stage2-learning-rate 4e-5 $(TEXTS) --device cuda --output $(RESULTS)/stage2-score-4e-5
+	$(RTPURBO) eval $(RESULTS)/stage2-score-4e-5/model $(STAGE2_EVAL) --output $(RESULTS)/stage2-score-4e-5-eval
+	$(RTPURBO) adapt $(SMOLLM2) --head-rule even $(SMOLLM2_STAGE2) --stage2-learning-rate 2e-5 $(TEXTS) --device cuda --output $(RESULTS)/stage2-even-2e-5
+	$(RTPURBO) eval $(RESULTS)/stage2-even-2e-5/model $(STAGE2_EVAL) --output $(RESULTS)/stage2-even-2e-5-eval
 
 results-gemma3-32k: $(TOOL) | $(RESULTS)/long-texts
-	$(RTPURBO) adapt $(GEMMA3) --stages 1,2 --stage2-steps 60 --accumulation 2 --stage2-learning-rate 2e-5 --label-rows 1000 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k
-	$(RTPURBO) eval $(RESULTS)/gemma3-32k/adapter $(TOGETHER) --variants sparse --emulated oracle --lengths 32768 --blocks 8 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage1
-	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model $(TOGETHER) --variants sparse --lengths 32768 --blocks 8 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage2
+	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k/adapter $(TOGETHER) --variants sparse,sparse_prefill --emulated sparse:p=0.95,sparse:floor=256,oracle --lengths 32768 --blocks 12 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage1
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model $(TOGETHER) --variants sparse,sparse_prefill --emulated sparse:p=0.95,sparse:floor=256 --lengths 32768 --blocks 12 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage2
 
-results-sparse-prefill: $(TOOL)
+results-sparse-prefill: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) eval results/adapters/smollm2-135m-8k --base smollm2-135m --suite ppl,passkey,sparsity --variants sparse,sparse_prefill --reference sparse --lengths 4096 --blocks 6 --samples 4 --rows 256 --device cpu --output $(RESULTS)/sparse-prefill
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter --reference sparse --suite ruler,ppl,passkey,sparsity --variants sparse,sparse_prefill --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --device cuda --output $(RESULTS)/sparse-prefill-8k
 
 results-ablation: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) eval smollm2-135m --ablate split,floor,selector,p,block,ratio,sharing,init --suite ppl,passkey,sparsity --lengths 8192 --preset default --learning-rate 3e-3 --steps 200 --train-blocks 24 --blocks 8 --rows 512 --samples 6 $(TEXTS) --device cuda --output $(RESULTS)/ablation
+	$(RTPURBO) eval smollm2-135m --ablate heads,ratio,sharing,init --suite ppl,passkey,sparsity --lengths 8192 --preset default --learning-rate 3e-3 --steps 200 --train-blocks 24 --blocks 8 --rows 512 --samples 6 $(TEXTS) --device cuda --output $(RESULTS)/ablation-heads
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

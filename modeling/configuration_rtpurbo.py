@@ -115,6 +115,10 @@ class RTPurboConfig(PreTrainedConfig):
                     setattr(self, name, getattr(self.base_config, name))
         self.check()
 
+    def convert_rope_params_to_dict(self, **kwargs):
+        """Nothing to do: the base's config has settled its rotation, and what is read from there must not change."""
+        return kwargs
+
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers, from a stored config of this or an older format.

@@ -49,8 +49,24 @@ class HeadRule(StrEnum):
     even = "even"
 
 
+class Schedule(StrEnum):
+    constant = "constant"
+    cosine = "cosine"
+
+
 Stage2Rate = Annotated[
     float | None, typer.Option(help="Stage-2 learning rate.", show_default="3e-6, or 1e-4 for a LoRA")
+]
+Stage2Schedule = Annotated[
+    Schedule | None, typer.Option(help="Stage-2 learning rate after its warm-up.", show_default="constant")
+]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--checkpointing/--no-checkpointing",
+        help="Stage 2 takes activations again in the backward: less memory, about half as fast.",
+        show_default="where memory is short",
+    ),
 ]
 Accumulation = Annotated[int, typer.Option(help="Stage-2 blocks of a step, on each GPU.")]
 LoraRank = Annotated[int, typer.Option(help="Stage 2 trains a LoRA of this rank; 0: all weights.")]
@@ -97,6 +113,7 @@ def adapt(
     stages: Annotated[str, typer.Option(help="1: train the indexers; 1,2: then the backbone as well.")] = "1",
     stage2_steps: Annotated[int | None, typer.Option(help="Stage-2 steps.")] = None,
     stage2_learning_rate: Stage2Rate = None,
+    stage2_schedule: Stage2Schedule = None,
     stage2_context: Annotated[
         int | None, typer.Option(help="Tokens in a stage-2 block.", show_default="stage 1's")
     ] = None,
@@ -108,6 +125,7 @@ def adapt(
     label_rows: Annotated[
         int | None, typer.Option(help="Stage 2 learns from so many last rows of a block of plain text.")
     ] = None,
+    checkpointing: Checkpointing = None,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -132,6 +150,8 @@ def adapt(
         accumulation=accumulation,
         lora_rank=lora_rank,
         label_rows=label_rows,
+        schedule=None if stage2_schedule is None else stage2_schedule.value,
+        gradient_checkpointing=checkpointing,
     )
     settings = named(
         preset,
@@ -183,7 +203,7 @@ def calibrate(
             help="score: by needle score alone, as in the paper. even: without heads that score no more than even "
             "attention would, so maybe fewer than asked."
         ),
-    ] = HeadRule.score,
+    ] = HeadRule.even,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -301,9 +321,11 @@ def distill(
     blocks: Blocks = 256,
     steps: Annotated[int, typer.Option(help="Steps.")] = 600,
     learning_rate: Stage2Rate = None,
+    schedule: Stage2Schedule = None,
     accumulation: Accumulation = 8,
     lora_rank: LoraRank = 0,
     label_rows: LabelRows = 300,
+    checkpointing: Checkpointing = None,
     needle_share: NeedleShare = 1 / 3,
     data: Data = None,
     seed: Seed = 0,
@@ -325,6 +347,8 @@ def distill(
             accumulation=accumulation,
             lora_rank=lora_rank,
             label_rows=label_rows,
+            schedule=Stage2.schedule if schedule is None else schedule.value,
+            gradient_checkpointing=checkpointing,
         ),
         data=data or "system",
         context=context,

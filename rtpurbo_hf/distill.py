@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# names of transformers
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage2:
     """What stage 2 decides, apart from model and data.
@@ -34,8 +38,12 @@ class Stage2:
         accumulation: blocks of a step, on each GPU.
         lora_rank: rank of a LoRA on the attention projections; 0: full fine-tuning.
         label_rows: labelled rows of a block of plain text.
+        schedule: of the learning rate after its warm-up: `"constant"` (the paper's) or `"cosine"` (down to 0).
         gradient_checkpointing: take activations again in the backward instead of keeping them, which costs about half
             of the speed; None: where `activation_bytes` is more than a third of a GPU's free memory, and on CPUs.
+
+    Raises:
+        ValueError: no such schedule.
     """
 
     steps: int = 600
@@ -43,7 +51,12 @@ class Stage2:
     accumulation: int = 8
     lora_rank: int = 0
     label_rows: int = LABEL_ROWS
+    schedule: str = "constant"
     gradient_checkpointing: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
     @property
     def rate(self) -> float:
@@ -146,6 +159,7 @@ def train_stage2(
         output_dir=str(folder / "trainer"),
         max_steps=settings.steps,
         learning_rate=settings.rate,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
         gradient_accumulation_steps=settings.accumulation,
         logging_steps=max(settings.steps // 40, 1),
         save_steps=max(settings.steps // 4, 1),

@@ -31,7 +31,7 @@ class Preset:
     sliding_window: int = 8192
     num_sink_tokens: int = 4
     ratio: float | None = None
-    head_rule: str = "score"
+    head_rule: str = "even"
     index_dim: int = 32
     index_rotary_dim: int = 16
     index_top_p: float = 0.9

@@ -214,6 +214,7 @@ def test_rules_are_kept_and_changed_later(tmp_path):
     assert sum(map(len, by_score.retrieval_heads)) == 3
     assert by_score.select(rule="even") == found
     assert found.retrieval_heads == rank_heads(found.scores, 0.75, above=found.even)
+    assert found.select(1.0).retrieval_heads == ((0, 1, 2, 3),), "a ratio of 1 takes all heads"
     with pytest.raises(ValueError, match="rule must be one of"):
         calibrate(model, text, needle=NEEDLE, rule="luck")
     with pytest.raises(ValueError, match="rule must be one of"):

@@ -59,7 +59,8 @@ def rtpurbo(folder, *arguments, code=0):
 
 ADAPT = (
     "adapt", "base", "--preset", "demo", "--data", "texts", "--context", "640", "--window", "64", "--steps", "6",
-    "--train-blocks", "4", "--min-tokens", "8", "--ratio", "0.25", "--device", "cpu",
+    "--train-blocks", "4", "--min-tokens", "8", "--ratio", "0.25", "--head-rule", "score",
+    "--device", "cpu",
 )  # fmt: skip
 
 
@@ -112,7 +113,20 @@ def test_generate_is_deterministic(adapted, workplace):
 
 def test_calibrate_then_train_indexer(workplace):
     common = ("--data", "texts", "--context", "320", "--device", "cpu")
-    rtpurbo(workplace, "calibrate", "base", *common, "--documents", "2", "--ratio", "0.25", "--output", "heads")
+    rtpurbo(
+        workplace,
+        "calibrate",
+        "base",
+        *common,
+        "--documents",
+        "2",
+        "--ratio",
+        "0.25",
+        "--rule",
+        "score",
+        "--output",
+        "heads",
+    )
     record = json.loads((workplace / "heads" / "calibration.json").read_text())
     assert sum(map(len, record["retrieval_heads"])) == 2
     assert (workplace / "heads" / "heads.png").exists()
@@ -132,7 +146,7 @@ STAGE2 = ("--label-rows", "30", "--accumulation", "2", "--device", "cpu")
 
 BOTH = (
     *ADAPT, "--stages", "1,2", "--stage2-steps", "3", "--stage2-learning-rate", "1e-3", "--stage2-context", "600",
-    "--stage2-blocks", "6", "--lora-rank", "4", *STAGE2,
+    "--stage2-blocks", "6", "--stage2-schedule", "cosine", "--lora-rank", "4", *STAGE2,
 )  # fmt: skip
 
 
@@ -149,6 +163,8 @@ def test_adapt_with_both_stages(adapted, both, workplace):
     assert report["dense"] == one["dense"]
     assert report["before_stage1"]["kl"] != report["after_stage1"]["kl"] != report["rtpurbo"]["kl"]
     assert [entry["step"] for entry in report["stage2"]["losses"]] == [1, 2, 3]
+    trained = json.loads(next((both / "stage2" / "trainer").glob("checkpoint-*/trainer_state.json")).read_text())
+    assert [entry["learning_rate"] for entry in trained["log_history"][:3]] == [1e-3, pytest.approx(5e-4), 0]
     assert "| after stage 2 |" in (workplace / "both" / "report" / "report.md").read_text()
     assert (both / "model" / "model.safetensors").exists()
     assert (both / "adapter" / "rtpurbo_indexer.safetensors").exists()

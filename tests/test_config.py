@@ -92,6 +92,21 @@ def test_wrapping_leaves_the_live_base_config_alone():
     assert base.config._attn_implementation == before
 
 
+def test_rotations_of_several_kinds_stay_as_the_base_has_them(tmp_path):
+    """transformers 5.17 wrote the wrapper's theta beside those of Gemma 3's kinds of layers, and refused to save."""
+    base = tiny_base("gemma3_text").config
+    base.rope_parameters = {
+        kind: {"rope_type": "default", "rope_theta": theta}
+        for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
+    }
+    config = RTPurboConfig(base_config=base)
+    assert config.rope_parameters == base.rope_parameters
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["base_config"]["rope_parameters"] == base.rope_parameters
+    assert RTPurboConfig.from_pretrained(tmp_path).rope_parameters == base.rope_parameters
+
+
 def test_resizing_embeddings_keeps_configs_in_step():
     model = RTPurboForCausalLM.from_base(tiny_base(), retrieval_heads=[[0]] * 4)
     model.resize_token_embeddings(101)

@@ -434,6 +434,11 @@ def test_checkpointing_is_decided_by_what_fits(monkeypatch):
     assert distill._checkpoints(wrapped(), distill.Stage2(), 64, 8)
 
 
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="constant, cosine, got 'linear'"):
+        distill.Stage2(schedule="linear")
+
+
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert distill.own_device("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "3")

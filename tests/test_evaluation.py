@@ -489,9 +489,9 @@ def test_setups_train_only_what_differs():
     shapes = [(s.settings.index_dim, s.settings.index_rotary_dim) for s in split[1:]]
     assert shapes == [(16, 0), (16, 8), (32, 8), (32, 16)]
     heads = setups(("heads",), preset("demo", context=1024))
-    assert [v.name for v in heads[0].variants[3:]] == ["headwise,heads=score", "heads=score"]
+    assert [v.name for v in heads[0].variants[3:]] == ["headwise,heads=even", "heads=even"]
     assert [(s.settings.head_rule, [v.mode for v in s.variants]) for s in heads[1:]] == [
-        ("even", ["headwise", "sparse"])
+        ("score", ["headwise", "sparse"])
     ]
     small = setups(("index_dim",), preset("demo", index_dim=16, index_rotary_dim=4))[1].settings
     assert (small.index_dim, small.index_rotary_dim) == (4, 2)
@@ -504,7 +504,8 @@ def test_ablation_trains_scores_and_resumes(checkpoint, tmp_path, monkeypatch):
     base.save_pretrained(tmp_path / "base")
     small_tokenizer().save_pretrained(tmp_path / "base")
     changes = {"sliding_window": 64, "steps": 3, "train_blocks": 3, "warmup_steps": 1, "index_min_tokens": 8}
-    settings = preset("demo", context=640, ratio=0.25, eval_blocks=2, eval_prompts=2, **changes)
+    sizes = {"context": 640, "ratio": 0.25, "eval_blocks": 2, "eval_prompts": 2}
+    settings = preset("demo", head_rule="score", **sizes, **changes)
     plan = small_plan(suites=("ppl", "sparsity"), lengths=(640,))
     given = {
         "names": ("init", "p", "heads"),

@@ -104,7 +104,7 @@ class Calibration:
             ratio,
             granularity=granularity,
             num_kv_heads=self.num_kv_heads,
-            above=None if rule == "score" else self.even,
+            above=self.even if rule == "even" and ratio < 1 else None,
         )
         return dataclasses.replace(self, retrieval_heads=heads, ratio=ratio, granularity=granularity, rule=rule)
 
@@ -312,7 +312,7 @@ def calibrate(
             most a quarter of its layers with full attention (Gemma 3).
         granularity: `"head"`, or `"kv_head"`: a KV group is taken or left as a whole, by the mean of its scores.
         rule: `"score"`, the paper's: by needle score alone, up to the ratio. `"even"`: without those that score no more
-            than even attention would, so maybe fewer.
+            than even attention would, so maybe fewer; a ratio of 1 takes all heads all the same.
         needle: token ids to repeat. None: 32 different tokens drawn from the documents by `seed`.
         needle_start: slot of the first copy; None: after 64 ordinary tokens.
         needle_description: for the record.
