@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --q
 ROOMS := rtpurbo_hf modeling kernels training
 CHECKED := $(ROOMS) tests
 BENCH ?= kernels --output build/bench
+# Where it is set, every process would compile all of torch and transformers again: fifteen seconds each.
+export PYTHONDONTWRITEBYTECODE :=
 
 .NOTPARALLEL:
 .PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-model results-training \
