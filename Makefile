@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 	results-smollm2-8k results-heads results-stage2 results-gemma3-32k results-ablation results-sparse-prefill
 
 help:
-	@echo "make demo       adapt SmolLM2-135M to RTPurbo on this machine, report in build/demo"
+	@echo "make demo       adapt SmolLM2-135M to RTPurbo on this machine, report in build/demo (STAGES=1,2: stage 2 as well)"
 	@echo "make test       lint, type checks and all tests"
 	@echo "make test-lowest   what depends on transformers, on the lowest version that setup.cfg declares"
 	@echo "make lint       ruff: rules and formatting"
@@ -44,7 +44,7 @@ $(VENV)/.installed-%: setup.cfg | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/rtpurbo adapt smollm2-135m --output build/demo --preset demo
+	$(BIN)/rtpurbo adapt smollm2-135m --output build/demo --preset demo$(if $(STAGES), --stages $(STAGES))
 
 test: lint typecheck
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile

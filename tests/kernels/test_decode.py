@@ -4,9 +4,9 @@ import pytest
 import torch
 from decode_case import Case, relative_error
 
-from rtpurbo_hf.kernels.decode import decode_attention, decode_attention_reference, decode_step
+from rtpurbo_hf.kernels.decode import decode_attention, decode_attention_reference, decode_step, launch_attend
 from rtpurbo_hf.kernels.kv_quant import dequantize_kv
-from rtpurbo_hf.kernels.score_select import select_top_p
+from rtpurbo_hf.kernels.score_select import NewTokens, select_top_p
 from rtpurbo_hf.kernels.selection import Selection, select_top_p_reference
 from rtpurbo_hf.kernels.workspace import DecodeWorkspace
 
@@ -205,6 +205,33 @@ def test_decode_step_is_its_three_operations(case: dict, top_p: float) -> None:
         arguments = ours.attend_arguments()
         expected = decode_attention_reference(ours.query, *stores(ours), selection, **arguments)
         assert relative_error(results[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("padding", [None, (30, 0)], ids=["plain", "padded"])
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_local_heads_read_no_slot_that_is_being_written(q_len: int, padding: tuple[int, ...] | None) -> None:
+    """On a GPU they run beside the append: the slots of the step's tokens may hold old tokens, new ones or halves."""
+    case = Case(200, q_len=q_len, batch=2, padding=padding, kv_heads=3, groups=2, retrieval_heads=(1, 2))
+    before = case.length - q_len
+    case.fill(until=before, step=1)
+    written = torch.arange(before, case.length)
+    case.full_key[:, :, written] = case.full_value[:, :, written] = float("nan")
+    for row, begin in enumerate(padding or (0, 0)):
+        ring = case.num_sinks + (written - begin - case.num_sinks) % (case.window_key.shape[2] - case.num_sinks)
+        case.window_key[row, :, ring] = case.window_value[row, :, ring] = float("nan")
+    # lists of early tokens: what a list holds is there once the selection is
+    indices = torch.arange(case.length, dtype=torch.int32).expand(2, 2, q_len, -1).contiguous()
+    selection = Selection(indices, torch.full((2, 2, q_len), 7, dtype=torch.int32))
+    key, value, index_key = case.step_inputs(before, case.length)
+    arguments = case.attend_arguments()
+    rest = {"softcap": None, "sink_logits": None, "workspace": None}
+    new_tokens = NewTokens(key, value, index_key, *stores(case), case.full_slot + case.window_slot, case.num_sinks)
+    out = launch_attend(case.query, *stores(case), selection, **arguments, **rest, new_tokens=new_tokens).clone()
+
+    whole = Case(200, q_len=q_len, batch=2, padding=padding, kv_heads=3, groups=2, retrieval_heads=(1, 2))
+    whole.fill(step=1)
+    expected = decode_attention_reference(whole.query, *stores(whole), selection, **whole.attend_arguments())
+    assert relative_error(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize("kv", [None, "int8"])
