@@ -94,6 +94,7 @@ SMOLLM2_STAGE2 := --stages 1,2 --stage2-blocks 300 --stage2-steps 100 --accumula
 GEMMA3 := gemma3-270m --preset default --context 32768 --window 8192 --steps 300 --train-blocks 24
 GEMMA3_STAGE2 := --stages 1,2 --stage2-blocks 80 --stage2-steps 40 --accumulation 2 --stage2-schedule cosine --label-rows 600 --checkpointing
 TOGETHER := --compare base --suite ruler,ppl,passkey,sparsity --device cuda --batch-tokens 196608
+ABLATION := --suite ppl,passkey,sparsity --lengths 8192 --preset default --learning-rate 3e-3 --steps 200 --train-blocks 24 --blocks 8 --rows 512 --samples 6 $(TEXTS) --device cuda
 STAGE2_EVAL := --compare base --suite ppl,passkey,sparsity --device cuda --variants headwise,sparse --lengths 8192 --blocks 24 --samples 12 $(TEXTS)
 
 results: results-kernels results-model results-training results-smollm2-8k results-heads results-stage2 results-gemma3-32k \
@@ -143,8 +144,8 @@ results-sparse-prefill: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter --reference sparse --suite ruler,ppl,passkey,sparsity --variants sparse,sparse_prefill --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --device cuda --output $(RESULTS)/sparse-prefill-8k
 
 results-ablation: $(TOOL) | $(RESULTS)/texts
-	$(RTPURBO) eval smollm2-135m --ablate split,floor,selector,p,block,ratio,sharing,init --suite ppl,passkey,sparsity --lengths 8192 --preset default --learning-rate 3e-3 --steps 200 --train-blocks 24 --blocks 8 --rows 512 --samples 6 $(TEXTS) --device cuda --output $(RESULTS)/ablation
-	$(RTPURBO) eval smollm2-135m --ablate heads,ratio,sharing,init --suite ppl,passkey,sparsity --lengths 8192 --preset default --learning-rate 3e-3 --steps 200 --train-blocks 24 --blocks 8 --rows 512 --samples 6 $(TEXTS) --device cuda --output $(RESULTS)/ablation-heads
+	$(RTPURBO) eval smollm2-135m --ablate split,floor,selector,p,block,ratio,sharing,init $(ABLATION) --output $(RESULTS)/ablation
+	$(RTPURBO) eval smollm2-135m --ablate heads,ratio,sharing,init $(ABLATION) --output $(RESULTS)/ablation-heads
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

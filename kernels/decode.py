@@ -11,6 +11,7 @@ in 8 bits (`kv_quant.py`) is read as it is: a key's scale multiplies its score, 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -248,52 +249,26 @@ def decode_attention(
     """
     _check_attend(query, full_key, window_key, selection, retrieval_heads, full_slot, window_slot, out)
     check_kv_scales(full_key, full_value, key_scale, value_scale)
+    tensors = query, full_key, full_value, window_key, window_value, selection
+    arguments: dict[str, Any] = {
+        "retrieval_heads": retrieval_heads,
+        "full_slot": full_slot,
+        "window_slot": window_slot,
+        "length": length,
+        "start": start,
+        "window": window,
+        "num_sinks": num_sinks,
+        "block_size": block_size,
+        "scale": scale,
+        "out": out,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+        "key_scale": key_scale,
+        "value_scale": value_scale,
+    }
     if not use_triton(backend, query):
-        return decode_attention_reference(
-            query,
-            full_key,
-            full_value,
-            window_key,
-            window_value,
-            selection,
-            retrieval_heads=retrieval_heads,
-            full_slot=full_slot,
-            window_slot=window_slot,
-            length=length,
-            start=start,
-            window=window,
-            num_sinks=num_sinks,
-            block_size=block_size,
-            scale=scale,
-            out=out,
-            softcap=softcap,
-            sink_logits=sink_logits,
-            key_scale=key_scale,
-            value_scale=value_scale,
-        )
-    return launch_attend(
-        query,
-        full_key,
-        full_value,
-        window_key,
-        window_value,
-        selection,
-        retrieval_heads,
-        full_slot,
-        window_slot,
-        length,
-        start,
-        window,
-        num_sinks,
-        block_size,
-        scale,
-        out,
-        softcap,
-        sink_logits,
-        key_scale,
-        value_scale,
-        workspace,
-    )
+        return decode_attention_reference(*tensors, **arguments)
+    return launch_attend(*tensors, **arguments, workspace=workspace)
 
 
 def launch_attend(
@@ -303,6 +278,7 @@ def launch_attend(
     window_key: torch.Tensor,
     window_value: torch.Tensor,
     selection: Selection | None,
+    *,
     retrieval_heads: tuple[int, ...],
     full_slot: tuple[int, ...],
     window_slot: tuple[int, ...],
@@ -521,6 +497,23 @@ def decode_step(
             workspace=workspace,
             backend=backend,
         )
+    attention: dict[str, Any] = {
+        "retrieval_heads": retrieval_heads,
+        "full_slot": full_slot,
+        "window_slot": window_slot,
+        "length": length,
+        "start": start,
+        "window": window,
+        "num_sinks": num_sinks,
+        "block_size": block_size,
+        "scale": scale,
+        "out": out,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+        "key_scale": key_scale,
+        "value_scale": value_scale,
+        "workspace": workspace,
+    }
     selection = None
     if retrieval_heads and top_p < 1.0 and use_triton(backend, query):
         if index_query is None or index_key_new is None:
@@ -556,28 +549,7 @@ def decode_step(
             new_tokens,
         )
         return launch_attend(
-            query,
-            full_key,
-            full_value,
-            window_key,
-            window_value,
-            selection,
-            retrieval_heads,
-            full_slot,
-            window_slot,
-            length,
-            start,
-            window,
-            num_sinks,
-            block_size,
-            scale,
-            out,
-            softcap,
-            sink_logits,
-            key_scale,
-            value_scale,
-            workspace,
-            new_tokens,
+            query, full_key, full_value, window_key, window_value, selection, **attention, new_tokens=new_tokens
         )
     append_step(
         key,
@@ -613,28 +585,7 @@ def decode_step(
             backend=backend,
         )
     return decode_attention(
-        query,
-        full_key,
-        full_value,
-        window_key,
-        window_value,
-        selection,
-        retrieval_heads=retrieval_heads,
-        full_slot=full_slot,
-        window_slot=window_slot,
-        length=length,
-        start=start,
-        window=window,
-        num_sinks=num_sinks,
-        block_size=block_size,
-        scale=scale,
-        out=out,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        workspace=workspace,
-        backend=backend,
+        query, full_key, full_value, window_key, window_value, selection, **attention, backend=backend
     )
 
 

@@ -54,6 +54,16 @@ if HAS_TRITON:
         return tl.where(i_unit < split, i_unit // (size + 1), longer + (i_unit - split) // tl.maximum(size, 1))
 
     @triton.jit
+    def _item_of(i_unit, b_ends, b_units, b_tokens, ITEMS: tl.constexpr):
+        """The item that a unit belongs to, its units, its tokens, and its first unit."""
+        o_item = tl.arange(0, ITEMS)
+        i_item = tl.sum((b_ends <= i_unit).to(tl.int32), 0)
+        item_units = tl.sum(tl.where(o_item == i_item, b_units, 0), 0)
+        item_tokens = tl.sum(tl.where(o_item == i_item, b_tokens, 0), 0)
+        item_first = tl.sum(tl.where(o_item == i_item, b_ends, 0), 0) - item_units
+        return i_item, item_units, item_tokens, item_first
+
+    @triton.jit
     def _local_units(
         p_start,
         length,
@@ -416,10 +426,7 @@ if HAS_TRITON:
         if PARTIAL:
             i_unit, end_unit = _share(i_cta, num_shares, num_local_units)
             while i_unit < end_unit:
-                i_item = tl.sum((b_ends <= i_unit).to(tl.int32), 0)
-                item_units = tl.sum(tl.where(o_local == i_item, b_units, 0), 0)
-                item_tokens = tl.sum(tl.where(o_local == i_item, b_tokens, 0), 0)
-                item_first = tl.sum(tl.where(o_local == i_item, b_ends, 0), 0) - item_units
+                i_item, item_units, item_tokens, item_first = _item_of(i_unit, b_ends, b_units, b_tokens, LOCAL_ITEMS)
                 stop_unit = tl.minimum(end_unit, item_first + item_units)
                 i_entry = i_item % num_local
                 i_far = (i_item // num_local).to(tl.int64)
@@ -510,10 +517,9 @@ if HAS_TRITON:
         if PARTIAL:
             i_unit, end_unit = _share(i_cta, num_shares, num_list_units)
             while i_unit < end_unit:
-                i_item = tl.sum((b_list_ends <= i_unit).to(tl.int32), 0)
-                item_units = tl.sum(tl.where(o_listed == i_item, b_list_units, 0), 0)
-                item_tokens = tl.sum(tl.where(o_listed == i_item, b_list_tokens, 0), 0)
-                item_first = tl.sum(tl.where(o_listed == i_item, b_list_ends, 0), 0) - item_units
+                i_item, item_units, item_tokens, item_first = _item_of(
+                    i_unit, b_list_ends, b_list_units, b_list_tokens, LISTED_ITEMS
+                )
                 stop_unit = tl.minimum(end_unit, item_first + item_units)
                 i_far = (i_item // q_len // num_retrieval).to(tl.int64)
                 i_head = tl.sum(tl.where(o_listed == i_item, b_heads, 0), 0)

@@ -20,6 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..kernels.rotate import rotate_reference
 
+# what code of a base raises that is tried on less than it looks for
+UNFIT = (AttributeError, RuntimeError, TypeError, ValueError)
 # what transformers calls the cache, in arguments and in outputs
 CACHE_ARGUMENT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -207,7 +209,7 @@ def skips_identity(apply: Callable) -> bool:
     query, key = torch.zeros(1, 1, 2, 8, device="cpu"), torch.zeros(1, 1, 2, 8, device="cpu")
     try:
         rotated = apply(query, key, *IDENTITY)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except UNFIT:
         return False
     return rotated[0] is query and rotated[1] is key
 

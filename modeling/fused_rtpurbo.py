@@ -20,12 +20,11 @@ from ..kernels.common import use_triton
 from ..kernels.custom_op import needs_grad
 from ..kernels.rms_norm import FORMS, MAX_DIM, rms_norm, rms_norm_reference
 from ..kernels.silu_product import silu_product
+from .families_rtpurbo import UNFIT
 
 _EPSILONS = ("variance_epsilon", "eps")
 _MLP_PARTS = ("act_fn", "down_proj", "gate_proj", "up_proj")
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
-# what a class raises that looks for something which the trial's module does not have
-_UNFIT = (AttributeError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def _try_norm(cls: type[nn.Module], eps: float, dtype: torch.dtype) -> str | Non
     hidden = (torch.randn(96, 16, generator=generator, device="cpu") * sizes).to(dtype)
     try:
         out = cls.forward(module, hidden)
-    except _UNFIT:
+    except UNFIT:
         return None
     if not isinstance(out, torch.Tensor) or out.dtype != dtype:
         return None
@@ -112,7 +111,7 @@ def is_gated_silu(cls: type[nn.Module]) -> bool:
         )
         try:
             out = cls.forward(module, hidden)
-        except _UNFIT:
+        except UNFIT:
             return False
         return isinstance(out, torch.Tensor) and torch.equal(out, down(act(gate(hidden)) * up(hidden)))
 
