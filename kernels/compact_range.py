@@ -7,12 +7,26 @@ from .common import HAS_TRITON, tl, triton
 if HAS_TRITON:
 
     @triton.jit
-    def _popcount(b_word):
-        """int32 number of set bits of uint32 words."""
+    def _popcount(b_word, POPC: tl.constexpr):
+        """int32 number of set bits of uint32 words; POPC: the device has an instruction for it."""
+        if POPC:
+            return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [b_word], dtype=tl.int32, is_pure=True, pack=1)
         b_word = b_word - ((b_word >> 1) & 0x55555555)
         b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
         b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
         return ((b_word * 0x01010101) >> 24).to(tl.int32)
+
+    @triton.jit
+    def _codes(p_codes, p_tile_max, i_unit, stop, UNITS: tl.constexpr, WORDS: tl.constexpr):
+        """Codes `[WORDS, 32]` from `i_unit` on, 255 past the end, and the maxima of their tiles."""
+        o_first = i_unit + tl.arange(0, WORDS) * 32
+        o_each = o_first[:, None] + tl.arange(0, 32)[None, :]
+        b_code = tl.load(p_codes + o_each, mask=o_each < stop, other=255)
+        if UNITS >= 32:
+            b_top = tl.load(p_tile_max + o_first // UNITS, mask=o_first < stop, other=-65536)[:, None]
+        else:
+            b_top = tl.load(p_tile_max + o_each // UNITS, mask=o_each < stop, other=-65536)
+        return b_code, b_top
 
     @triton.jit
     def compact_range(
@@ -37,14 +51,23 @@ if HAS_TRITON:
         TILES: tl.constexpr,
         WORDS: tl.constexpr,
         SPLITS: tl.constexpr,
+        POPC: tl.constexpr,
     ):
         """Find the row's threshold in its histogram, and list the selected units of tiles `first..last`.
 
-        Selected units become bits, 32 to a word; words are counted and placed, then each emits its bits.
+        Selected units become bits, 32 to a word; words are counted and placed, and a bit's place in its word is the
+        number of bits below it. What does not depend on the threshold is fetched before it is known.
         """
         o_split = tl.arange(0, SPLITS)
         o_far = tl.arange(0, BINS)
+        stop = tl.minimum(last * UNITS, num_units)
         b_peaks = tl.load(p_peak + o_split, mask=o_split < num_splits, other=-32768, cache_modifier=".cg")
+        b_next, b_next_top = _codes(p_codes, p_tile_max, first * UNITS, stop, UNITS, WORDS)
+        p_sum = p_sums + o_split * BINS
+        b_peak_bin = b_peaks & (BINS - 1)
+        m_before = o_split < i_split
+        b_to_peak = tl.load(p_sum + b_peak_bin, mask=m_before, other=0, cache_modifier=".cg")
+        b_turn = tl.load(p_sum + BINS - 1, mask=m_before, other=0, cache_modifier=".cg")
         top = tl.max(b_peaks, 0)
         # bins in the order of falling scores: distance 0 holds the row's maximum
         i_bin = top - o_far + SPAN // 2
@@ -74,13 +97,10 @@ if HAS_TRITON:
             tl.store(p_counts, tl.sum(tl.where(o_far <= cut, b_all, 0), 0) + extra)
         # how many units each earlier CTA lists: a difference of its running sums, around the circle
         low_bin = lowest & (BINS - 1)
-        b_peak_bin = b_peaks & (BINS - 1)
-        m_earlier = (o_split < i_split) & (b_peaks >= lowest)
-        p_sum = p_sums + o_split * BINS
-        b_to_peak = tl.load(p_sum + b_peak_bin, mask=m_earlier, other=0, cache_modifier=".cg")
+        m_earlier = m_before & (b_peaks >= lowest)
         b_to_low = tl.load(p_sum + low_bin - 1, mask=m_earlier & (o_split * 0 < low_bin), other=0, cache_modifier=".cg")
-        b_turn = tl.load(p_sum + BINS - 1, mask=m_earlier & (b_peak_bin < low_bin), other=0, cache_modifier=".cg")
-        before = tl.sum(b_to_peak - b_to_low + b_turn, 0)
+        b_earlier = b_to_peak - b_to_low + tl.where(b_peak_bin < low_bin, b_turn, 0)
+        before = tl.sum(tl.where(m_earlier, b_earlier, 0), 0)
         o_tile = tl.arange(0, TILES)
         o_unit = tl.arange(0, UNITS)
         # of the units below the window, the first `under_skip` of the row stay out
@@ -106,26 +126,20 @@ if HAS_TRITON:
                 tl.store(p_indices + b_place, o_flat, mask=b_taken > 0)
                 offset += tl.sum(b_taken, 0)
         else:
-            stop = tl.minimum(last * UNITS, num_units)
             o_word = tl.arange(0, WORDS)
             o_bit = tl.arange(0, 32)
-            for i_unit in tl.range(first * UNITS, stop, WORDS * 32, num_stages=3):
-                o_first = i_unit + o_word * 32
-                # [WORDS, 32]
-                o_each = o_first[:, None] + o_bit[None, :]
-                # a tile is compared by its own maximum; past the end the code is 255, which no limit reaches
-                b_each = tl.load(p_codes + o_each, mask=o_each < stop, other=255).to(tl.int32)
-                if UNITS >= 32:
-                    b_top = tl.load(p_tile_max + o_first // UNITS, mask=o_first < stop, other=-65536)[:, None]
-                else:
-                    b_top = tl.load(p_tile_max + o_each // UNITS, mask=o_each < stop, other=-65536)
-                b_in = (b_each <= tl.minimum(b_top - lowest, BINS - 2)).to(tl.uint32)
+            for i_unit in tl.range(first * UNITS, stop, WORDS * 32):
+                b_code = b_next.to(tl.int32)
+                b_top = b_next_top
+                b_next, b_next_top = _codes(p_codes, p_tile_max, i_unit + WORDS * 32, stop, UNITS, WORDS)
+                # a tile is compared by its own maximum; no limit reaches the code past the end
+                b_in = (b_code <= tl.minimum(b_top - lowest, BINS - 2)).to(tl.uint32)
                 # the bits are disjoint: their sum is their union
                 b_word = tl.sum(b_in << o_bit[None, :].to(tl.uint32), 1)
-                b_size = _popcount(b_word)
+                b_size = _popcount(b_word, POPC)
                 b_from = offset + tl.cumsum(b_size, 0) - b_size
                 offset += tl.sum(b_size, 0)
-                for i_nth in tl.range(0, tl.max(b_size, 0)):
-                    b_lowest = b_word & (~b_word + 1)
-                    tl.store(p_indices + b_from + i_nth, o_first + _popcount(b_lowest - 1), mask=i_nth < b_size)
-                    b_word = b_word & (b_word - 1)
+                b_below = b_word[:, None] & ((1 << o_bit[None, :]) - 1).to(tl.uint32)
+                b_place = b_from[:, None] + _popcount(b_below, POPC)
+                o_each = i_unit + o_word[:, None] * 32 + o_bit[None, :]
+                tl.store(p_indices + b_place, o_each, mask=b_in > 0)

@@ -144,9 +144,10 @@ def decode_attention_reference(
     return out
 
 
-# measured on an H100: CTAs a multiprocessor holds, keys of a tile for 128 dimensions, warps, pipeline stages, registers
-# of a thread (what is left holds the selection's CTAs, beside which local heads run), empty units of an item
-_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 32, "warps": 4, "stages": 3, "registers": 168, "lead": 2}
+# measured on an H100: CTAs a multiprocessor holds, keys of a tile for 128 dimensions, warps, pipeline stages of the two
+# passes (a list is one read more), registers of a thread (what is left holds the selection's CTAs, beside which local
+# heads run), empty units of an item
+_ATTEND_CONFIG = {"ctas": 2, "tile_keys": 32, "warps": 4, "stages": 3, "list_stages": 6, "registers": 152, "lead": 2}
 
 
 def _layer_tables(
@@ -393,6 +394,7 @@ def launch_attend(
         "HAS_SOFTCAP": softcap is not None,
         "HAS_SINK_LOGITS": sink_logits is not None,
         "STAGES": _ATTEND_CONFIG["stages"],
+        "LIST_STAGES": _ATTEND_CONFIG["list_stages"],
         "QUANTISED": key_scale is not None,
         "num_warps": _ATTEND_CONFIG["warps"] if block_m <= 32 else 8,
         "maxnreg": _ATTEND_CONFIG["registers"] if block_d <= 128 else 255,

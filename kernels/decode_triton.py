@@ -396,6 +396,7 @@ if HAS_TRITON:
         HAS_SOFTCAP: tl.constexpr,
         HAS_SINK_LOGITS: tl.constexpr,
         STAGES: tl.constexpr,
+        LIST_STAGES: tl.constexpr,
         QUANTISED: tl.constexpr,
     ):
         """PARTIAL: both passes. COMBINE: the rows of items that several shares have a part in, in the shares' order.
@@ -543,7 +544,7 @@ if HAS_TRITON:
                     tl.maximum(i_unit - item_first - LEAD, 0), stop_unit - item_first - LEAD, item_tokens, real, begin,
                     q_len, window, num_sinks, ring, False,
                     tl.cast(stride_fkn, tl.int64), tl.cast(stride_fvn, tl.int64), scale, softcap,
-                    HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK, STAGES, HAS_SOFTCAP, QUANTISED, False, False,
+                    HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK, LIST_STAGES, HAS_SOFTCAP, QUANTISED, False, False,
                 )  # fmt: skip
                 o_target = i_far * stride_ob + o_query.to(tl.int64) * stride_om + o_head * stride_oh
                 _leave(
@@ -554,10 +555,6 @@ if HAS_TRITON:
                 i_unit = stop_unit
 
         if COMBINE:
-            # PARTIAL waits for what all of the above comes from before it lets this launch begin
-            if PDL:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
             SLICES: tl.constexpr = BLOCK_D // SLICE
             o_merge = tl.arange(0, MERGE)
             o_one = tl.arange(0, 1)
@@ -583,6 +580,10 @@ if HAS_TRITON:
                     place = i_head * 0 + 2
                 cta_first = _owner(item_first, num_shares, num_units)
                 cta_last = _owner(last_unit, num_shares, num_units)
+                # PARTIAL waits for what all of the above comes from before it lets this launch begin
+                if PDL:
+                    tl.extra.cuda.gdc_wait()
+                    tl.extra.cuda.gdc_launch_dependents()
                 if cta_last > cta_first:
                     o_slice = i_work % SLICES * SLICE + tl.arange(0, SLICE)
                     m_slice = o_slice < HEAD_DIM

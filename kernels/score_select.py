@@ -123,6 +123,7 @@ if HAS_TRITON:
         TILES: tl.constexpr,
         WORDS: tl.constexpr,
         SPLITS: tl.constexpr,
+        POPC: tl.constexpr,
         SPLIT_QUERY: tl.constexpr,
         INT8: tl.constexpr,
         CONTIGUOUS: tl.constexpr,
@@ -145,6 +146,16 @@ if HAS_TRITON:
         With APPEND the step's tokens are written by SCORE: K and V by further CTAs, and the index keys by every CTA
         that will read them.
         """
+        i_row = tl.program_id(0) // num_splits
+        i_split = tl.program_id(0) % num_splits
+        i_query = i_row % q_len
+        i_head = (i_row // q_len) % num_heads
+        i_batch = (i_row // q_len // num_heads).to(tl.int64)
+        # before the wait: no kernel that lets the next one start early writes these
+        length = tl.load(p_length).to(tl.int32)
+        begin = i_row * 0
+        if HAS_START:
+            begin = tl.load(p_start + i_batch, mask=i_row < num_rows, other=0).to(tl.int32)
         if PDL:
             # what follows COMPACT may start beside SCORE already: it has work that needs neither
             if COMPACT:
@@ -154,8 +165,6 @@ if HAS_TRITON:
                 tl.extra.cuda.gdc_launch_dependents()
         TILE: tl.constexpr = ROWS * LANES
         UNITS: tl.constexpr = TILE // BLOCK
-        i_row = tl.program_id(0) // num_splits
-        i_split = tl.program_id(0) % num_splits
         if APPEND and i_row >= num_rows:
             if SCORE:
                 num_writers = tl.num_programs(0) - num_rows * num_splits
@@ -172,7 +181,7 @@ if HAS_TRITON:
                         p_tables,
                         p_start,
                         i_item,
-                        tl.load(p_length),
+                        length,
                         num_kv_heads,
                         q_len,
                         num_sinks,
@@ -203,14 +212,8 @@ if HAS_TRITON:
                         KV_LIMIT,
                     )
             return
-        i_query = i_row % q_len
-        i_head = (i_row // q_len) % num_heads
-        i_batch = (i_row // q_len // num_heads).to(tl.int64)
-        begin = i_row * 0
-        if HAS_START:
-            begin = tl.load(p_start + i_batch).to(tl.int32)
         # keys up to the row's own, counted from the first real token
-        num_seen = tl.maximum(tl.load(p_length).to(tl.int32) - begin - (q_len - 1 - i_query), 0)
+        num_seen = tl.maximum(length - begin - (q_len - 1 - i_query), 0)
         num_units = tl.cdiv(num_seen, BLOCK)
         num_tiles = tl.cdiv(num_seen, TILE)
         first = num_tiles * i_split // num_splits
@@ -220,11 +223,17 @@ if HAS_TRITON:
         p_tile_max += i_long * stride_tiles
         p_sums += i_long * num_splits * BINS
         p_peak += i_long * num_splits
-        # two histograms a row, in turn: one is used while the other is cleared for the next call
-        p_turn = p_state + i_row * 2 + 1
-        turn = tl.load(p_turn) & 1
+        # two histograms a row, in turn: one is used while the other is cleared for the next call. A row's state is the
+        # turn of this call, which SCORE leaves for COMPACT, and that of the next
+        p_turn = p_state + i_row * 2
+        turn = tl.load(p_turn + (1 if SCORE else 0))
         p_cleared = p_histogram + (i_long * 2 + 1 - turn) * SPAN
         p_histogram += (i_long * 2 + turn) * SPAN
+        if i_split == 0:
+            if SCORE:
+                tl.store(p_turn, turn)
+            else:
+                tl.store(p_turn + 1, 1 - turn)
         if SCORE:
             for i_bin in tl.range(i_split * BINS, SPAN, num_splits * BINS):
                 tl.store(p_cleared + i_bin + tl.arange(0, BINS), tl.zeros([BINS], dtype=tl.int32))
@@ -236,7 +245,7 @@ if HAS_TRITON:
                         p_new_index + i_batch * stride_xb + i_key * stride_xh + i_token * stride_xn,
                         p_key + i_batch * stride_kb + i_key * stride_kh,
                         p_scale + i_batch * stride_sb + i_key * stride_sh,
-                        tl.load(p_length).to(tl.int64) - q_len + i_token,
+                        length.to(tl.int64) - q_len + i_token,
                         stride_kn,
                         stride_sn,
                         HEAD,
@@ -300,11 +309,8 @@ if HAS_TRITON:
                 TILES,
                 WORDS,
                 SPLITS,
+                POPC,
             )
-            # the last CTA to come here turns: the others have read the turn by then
-            if tl.atomic_add(p_state + i_row * 2, 1, sem="acq_rel") == num_splits - 1:
-                tl.store(p_state + i_row * 2, 0)
-                tl.store(p_turn, 1 - turn)
 
     @triton.jit
     def _select_all_kernel(
@@ -335,23 +341,21 @@ if HAS_TRITON:
             tl.store(p_counts + i_row, num_units)
 
 
-# measured on an H100: CTAs a multiprocessor holds, keys of a tile for one dimension, units listed at a time (and from
-# _LONG slots on), warps, pipeline stages, registers of a thread in the two phases. With 88 COMPACT spills a little, but
-# its CTAs find room beside SCORE's: 8-bit keys at 128K take 17.5 us instead of 21.5.
+# measured on an H100: CTAs a multiprocessor holds, keys of a tile for one dimension, warps, pipeline stages with 16-bit
+# and with 8-bit keys, registers of a thread
 _SCORE_CONFIG = {
     "ctas": 2,
     "tile_keys": 1024,
-    "list_units": 4096,
-    "long_list_units": 8192,
     "warps": 4,
-    "stages": 3,
-    "registers": 255,
-    "compact_registers": 88,
+    "stages": (2, 3),
+    "registers": 128,
     "writers": 8,
     "assembly": True,
 }
+# of COMPACT, up to a number of units that a CTA lists: units listed at a time, warps, registers of a thread. With few
+# registers it may spill a little, but its CTAs find room beside SCORE's, and those of the attention beside both
+_COMPACT_CONFIG = ((1024, (1024, 4, 80)), (4096, (1024, 4, 88)), (1 << 31, (4096, 8, 88)))
 _LANES = 16
-_LONG = 262_144
 _STEPS = 8
 
 
@@ -496,7 +500,9 @@ def launch_select(
         )
         return selection
     units = tile // block_size
-    list_units = _SCORE_CONFIG["list_units" if capacity < _LONG else "long_list_units"] if on_gpu else 64
+    list_units, list_warps, list_registers = next(c for most, c in _COMPACT_CONFIG if blocks // splits <= most)
+    if not on_gpu:
+        list_units = 64
     threads = 32 * _SCORE_CONFIG["warps"]
     elements = max(tile // threads, 1)
     # counting by hand needs each score in one thread only: the layout of a dot with 16 rows a warp has that
@@ -585,11 +591,12 @@ def launch_select(
         "TILES": max(1, list_units // (2 * units)),
         "WORDS": list_units // 32,
         "SPLITS": next_power_of_2(splits),
+        "POPC": on_gpu and torch.version.hip is None,
         "SPLIT_QUERY": index_query.dtype == torch.float32 and index_key.dtype != torch.float32,
         "INT8": index_scale is not None,
         "CONTIGUOUS": index_key.stride(2) == head == padded,
         "HAS_START": start is not None,
-        "STAGES": _SCORE_CONFIG["stages"],
+        "STAGES": _SCORE_CONFIG["stages"][index_scale is not None],
         "COUNTING": count_assembly(threads, elements, HISTOGRAM_BINS) if assembly else "",
         "CONSTRAINTS": count_constraints(elements) if assembly else "",
         "ELEMENTS": elements,
@@ -597,10 +604,12 @@ def launch_select(
         "HEAD_DIM": key.shape[3],
         "BLOCK_D": next_power_of_2(key.shape[3]),
         "KV_LIMIT": 0.0 if key_scale is None else kv_limit(full_key),
-        "num_warps": _SCORE_CONFIG["warps"],
     }
-    phases = ("SCORE", rows * splits + writers, "registers"), ("COMPACT", rows * splits, "compact_registers")
-    for phase, ctas, registers in phases:
-        own = {"SCORE": phase == "SCORE", "COMPACT": phase == "COMPACT", "maxnreg": _SCORE_CONFIG[registers]}
+    phases = (
+        ("SCORE", rows * splits + writers, _SCORE_CONFIG["warps"], _SCORE_CONFIG["registers"]),
+        ("COMPACT", rows * splits, list_warps, list_registers),
+    )
+    for phase, ctas, warps, registers in phases:
+        own = {"SCORE": phase == "SCORE", "COMPACT": phase == "COMPACT", "num_warps": warps, "maxnreg": registers}
         _score_select_kernel[(ctas,)](*arguments, **constants, **own, **launch_options(device))
     return selection
