@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .NOTPARALLEL:
 .PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-model results-training \
-	results-smollm2-8k results-heads results-stage2 results-gemma3-32k results-ablation results-sparse-prefill
+	results-smollm2-8k results-heads results-stage2 results-gemma3-32k results-gemma3-index results-ablation results-sparse-prefill
 
 help:
 	@echo "make demo       adapt SmolLM2-135M to RTPurbo on this machine, report in build/demo (STAGES=1,2: stage 2 as well)"
@@ -91,14 +91,20 @@ TEXTS := --data $(RESULTS)/texts/bible.jsonl --data $(RESULTS)/texts/anarchism.j
 LONG_TEXTS := $(subst /texts/,/long-texts/,$(TEXTS))
 SMOLLM2 := smollm2-135m --preset default --context 8192 --window 2048 --learning-rate 3e-3 --steps 400 --train-blocks 48
 SMOLLM2_STAGE2 := --stages 1,2 --stage2-blocks 300 --stage2-steps 100 --accumulation 4 --stage2-schedule cosine --label-rows 600 --no-checkpointing
-GEMMA3 := gemma3-270m --preset default --context 32768 --window 8192 --steps 300 --train-blocks 24
+GEMMA3 := gemma3-270m --preset default --context 32768 --window 8192
+# its heads have 256 dimensions, SmolLM2's 64
+GEMMA3_INDEX := --index-dim 64 --index-rotary-dim 32
+GEMMA3_LONG := --steps 1000 --train-blocks 60
+GEMMA3_SHORT := --steps 300 --train-blocks 24
 GEMMA3_STAGE2 := --stages 1,2 --stage2-blocks 80 --stage2-steps 40 --accumulation 2 --stage2-schedule cosine --label-rows 600 --checkpointing
 TOGETHER := --compare base --suite ruler,ppl,passkey,sparsity --device cuda --batch-tokens 196608
 ABLATION := --suite ppl,passkey,sparsity --lengths 8192 --preset default --learning-rate 3e-3 --steps 200 --train-blocks 24 --blocks 8 --rows 512 --samples 6 $(TEXTS) --device cuda
+GEMMA3_EVAL := --lengths 32768 --blocks 12 --samples 6 $(LONG_TEXTS)
+INDEX_EVAL := --compare base --suite ppl,passkey,sparsity --variants sparse --device cuda $(GEMMA3_EVAL)
 STAGE2_EVAL := --compare base --suite ppl,passkey,sparsity --device cuda --variants headwise,sparse --lengths 8192 --blocks 24 --samples 12 $(TEXTS)
 
 results: results-kernels results-model results-training results-smollm2-8k results-heads results-stage2 results-gemma3-32k \
-	results-ablation results-sparse-prefill
+	results-gemma3-index results-ablation results-sparse-prefill
 
 # From Debian packages and Python's sources: a machine that lacks them takes the folders of one that has them.
 $(RESULTS)/texts: | $(TOOL)
@@ -119,7 +125,8 @@ results-training: $(TOOL)
 results-smollm2-8k: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) adapt $(SMOLLM2) --head-rule even $(SMOLLM2_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k
 	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated streaming,oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage1
-	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated oracle,topk:equal --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage2
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage2
+	$(RTPURBO) eval results/adapters/smollm2-135m-8k-even --base smollm2-135m --suite ppl,passkey --variants dense,sparse,sparse:kv=int8,sparse:kv=fp8 --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k-kv8
 
 results-heads: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) adapt $(SMOLLM2) --head-rule score $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k-score
@@ -135,13 +142,27 @@ results-stage2: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) eval $(RESULTS)/stage2-even-2e-5/model $(STAGE2_EVAL) --output $(RESULTS)/stage2-even-2e-5-eval
 
 results-gemma3-32k: $(TOOL) | $(RESULTS)/long-texts
-	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k
-	$(RTPURBO) eval $(RESULTS)/gemma3-32k/adapter $(TOGETHER) --variants sparse,sparse_prefill --emulated sparse:p=0.95,sparse:floor=256,oracle --lengths 32768 --blocks 12 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage1
-	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model $(TOGETHER) --variants sparse,sparse_prefill --emulated sparse:p=0.95,sparse:floor=256 --lengths 32768 --blocks 12 --samples 6 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage2
+	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_LONG) $(GEMMA3_INDEX) $(GEMMA3_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k/adapter $(TOGETHER) --variants sparse,sparse:p=0.88,sparse_prefill --emulated sparse:p=0.95,sparse:p=0.85,sparse:floor=256,oracle $(GEMMA3_EVAL) --output $(RESULTS)/gemma3-32k-stage1
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model $(TOGETHER) --variants sparse,sparse:p=0.88,sparse_prefill --emulated sparse:p=0.95,sparse:p=0.85,sparse:floor=256,oracle $(GEMMA3_EVAL) --output $(RESULTS)/gemma3-32k-stage2
+
+# stage 1 with other sizes of the index, and with an index key for each KV head
+results-gemma3-index: $(TOOL) | $(RESULTS)/long-texts
+	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_SHORT) $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-index/32-300
+	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_LONG) $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-index/32-1000
+	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_SHORT) $(GEMMA3_INDEX) $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-index/64-300
+	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_LONG) $(GEMMA3_INDEX) --learning-rate 3e-3 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-index/64-1000-3e-3
+	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_LONG) --index-dim 128 --index-rotary-dim 64 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-index/128-1000
+	$(RTPURBO) eval $(RESULTS)/gemma3-index/32-300/adapter $(INDEX_EVAL) --output $(RESULTS)/gemma3-index/32-300-eval
+	$(RTPURBO) eval $(RESULTS)/gemma3-index/32-1000/adapter $(INDEX_EVAL) --output $(RESULTS)/gemma3-index/32-1000-eval
+	$(RTPURBO) eval $(RESULTS)/gemma3-index/64-300/adapter $(INDEX_EVAL) --output $(RESULTS)/gemma3-index/64-300-eval
+	$(RTPURBO) eval $(RESULTS)/gemma3-index/64-1000-3e-3/adapter $(INDEX_EVAL) --output $(RESULTS)/gemma3-index/64-1000-3e-3-eval
+	$(RTPURBO) eval $(RESULTS)/gemma3-index/128-1000/adapter $(INDEX_EVAL) --output $(RESULTS)/gemma3-index/128-1000-eval
+	$(RTPURBO) eval gemma3-270m --ablate sharing --suite ppl,passkey,sparsity --preset default $(GEMMA3_LONG) $(GEMMA3_INDEX) $(GEMMA3_EVAL) --device cuda --output $(RESULTS)/gemma3-sharing
 
 results-sparse-prefill: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) eval results/adapters/smollm2-135m-8k --base smollm2-135m --suite ppl,passkey,sparsity --variants sparse,sparse_prefill --reference sparse --lengths 4096 --blocks 6 --samples 4 --rows 256 --device cpu --output $(RESULTS)/sparse-prefill
-	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter --reference sparse --suite ruler,ppl,passkey,sparsity --variants sparse,sparse_prefill --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --device cuda --output $(RESULTS)/sparse-prefill-8k
+	$(RTPURBO) eval results/adapters/smollm2-135m-8k-even --base smollm2-135m --reference sparse --suite ruler,ppl,passkey,sparsity --variants sparse,sparse_prefill --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --device cuda --output $(RESULTS)/sparse-prefill-8k
 
 results-ablation: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) eval smollm2-135m --ablate split,floor,selector,p,block,ratio,sharing,init $(ABLATION) --output $(RESULTS)/ablation

@@ -49,6 +49,11 @@ class HeadRule(StrEnum):
     even = "even"
 
 
+class KeySharing(StrEnum):
+    head = "head"
+    kv_head = "kv_head"
+
+
 class Schedule(StrEnum):
     constant = "constant"
     cosine = "cosine"
@@ -105,6 +110,10 @@ def adapt(
     ] = None,
     index_dim: Annotated[int | None, typer.Option(help="Index dimensions.")] = None,
     index_rotary_dim: Annotated[int | None, typer.Option(help="How many of them are rotated.")] = None,
+    index_key_sharing: Annotated[
+        KeySharing | None,
+        typer.Option(help="An index key for each retrieval head, or for each KV head.", show_default="the preset's"),
+    ] = None,
     top_p: Annotated[float | None, typer.Option(help="Attention mass to select.")] = None,
     min_tokens: Annotated[int | None, typer.Option(help="Floor on the selected tokens.")] = None,
     steps: Annotated[int | None, typer.Option(help="Stage-1 steps.")] = None,
@@ -161,6 +170,7 @@ def adapt(
         head_rule=None if head_rule is None else head_rule.value,
         index_dim=index_dim,
         index_rotary_dim=index_rotary_dim,
+        index_key_sharing=None if index_key_sharing is None else index_key_sharing.value,
         index_top_p=top_p,
         index_min_tokens=min_tokens,
         steps=steps,

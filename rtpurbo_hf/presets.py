@@ -17,7 +17,8 @@ class Preset:
         sliding_window, num_sink_tokens: what local heads see.
         ratio: part of all query heads that become retrieval heads; None: see `training.calibration.calibrate`.
         head_rule: `"score"` or `"even"`, see `training.calibration.calibrate`.
-        index_dim, index_rotary_dim, index_top_p, index_min_tokens, index_block_size, index_key_sharing: the index.
+        index_dim, index_rotary_dim, index_top_p, index_min_tokens, index_block_size, index_key_sharing: the index. 32
+            dimensions were enough for heads of 64; for heads of 256, 64 with 32 rotated, or more (docs/training.md).
         calibration_documents: blocks of text that heads are ranked on.
         train_blocks: blocks of the training set. needle_share: part of them with key-value needles.
         steps, learning_rate, warmup_steps: stage 1.

@@ -60,7 +60,7 @@ def rtpurbo(folder, *arguments, code=0):
 ADAPT = (
     "adapt", "base", "--preset", "demo", "--data", "texts", "--context", "640", "--window", "64", "--steps", "6",
     "--train-blocks", "4", "--min-tokens", "8", "--ratio", "0.25", "--head-rule", "score",
-    "--device", "cpu",
+    "--index-key-sharing", "kv_head", "--device", "cpu",
 )  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def test_adapt_writes_adapter_and_report(adapted):
     for name in ("report.md", "heads.png", "losses.png"):
         assert (adapted / "report" / name).stat().st_size > 500
     assert (adapted / "adapter" / "rtpurbo_indexer.safetensors").exists()
+    assert json.loads((adapted / "adapter" / "config.json").read_text())["index_key_sharing"] == "kv_head"
 
 
 def test_adapt_refuses_another_run_and_resumes_its_own(adapted, workplace):

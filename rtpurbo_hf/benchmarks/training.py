@@ -12,6 +12,7 @@ with a line in `CASES`.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import tempfile
@@ -385,6 +386,8 @@ def run_training_benchmarks(
     for case, run in CASES.items():
         if only in (None, case):
             rows += run(preset)
+            # trainers refer to themselves: without this the next case's peaks would hold the last one's model
+            gc.collect()
             torch.cuda.empty_cache()
     write(rows, Path(output) / name, meta=environment() | {"preset": preset})
     return rows

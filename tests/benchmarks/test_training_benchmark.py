@@ -1,6 +1,7 @@
 """The training benchmark without a GPU: its plan, its check, and its step on a tiny model."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rtpurbo_hf.benchmarks.training import (
     loss_error,
     run_training_benchmarks,
     stage1_rows,
+    stage2_rows,
     summary,
 )
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM
@@ -98,11 +100,11 @@ def rows(monkeypatch):
     monkeypatch.setattr(training, "measure", measure)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
-    return lambda: stage1_rows("quick", shape=TINY)
+    return {1: lambda: stage1_rows("quick", shape=TINY), 2: lambda: stage2_rows("quick", shape=TINY, layers=3)}
 
 
 def test_rows_of_stage_1(rows):
-    found = rows()
+    found = rows[1]()
     names = ["stage1_step_vs_dense_forward", "stage1_peak_gib"]
     assert [(row.case, row.length) for row in found] == [(name, length) for length in (40, 64) for name in names]
     assert [row.extra["step_over_forward"] for row in found[::2]] == [1.25, 1.25]
@@ -111,10 +113,54 @@ def test_rows_of_stage_1(rows):
     assert "1.25" in summary(found)
 
 
+def test_rows_of_stage_2(rows):
+    found = rows[2]()
+    assert [(row.case, row.length) for row in found] == [
+        ("stage2_step_vs_dense_step", 40),
+        ("stage2_step_vs_dense_step", 64),
+    ]
+    assert [row.extra["label_rows"] for row in found] == [20, 32]
+    assert all(row.extra["check"] == "ok" for row in found)
+    assert all(row.extra["gib"] == row.extra["peer_gib"] == 3.0 for row in found)
+
+
+def test_stage_2_with_wrong_gradients_shows_no_figure(rows, monkeypatch):
+    right = training.window_gradient_tiled
+    monkeypatch.setattr(
+        training, "window_gradient_tiled", lambda *args, **kwargs: [1.1 * x for x in right(*args, **kwargs)[:3]]
+    )
+    found = rows[2]()
+    assert all(row.extra["check"] == "red" for row in found)
+    assert not any(row.extra.get("step_over_dense_step") or row.extra.get("gib") for row in found)
+
+
+def test_a_case_leaves_nothing_in_memory_for_the_next(monkeypatch, tmp_path):
+    """Trainers and models refer to each other, and what is left would count in the next case's peak."""
+    left = []
+
+    def first(preset):
+        trainer = torch.nn.Module()
+        trainer.back = [trainer]
+        left.append(weakref.ref(trainer))
+        return []
+
+    def second(preset):
+        assert left[0]() is None
+        return []
+
+    monkeypatch.setattr(training, "CASES", {"first": first, "second": second})
+    monkeypatch.setattr(training, "write", lambda *args, **kwargs: None)
+    monkeypatch.setattr(training, "environment", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    run_training_benchmarks("quick", tmp_path)
+    assert left
+
+
 def test_a_red_check_shows_no_figure(rows, monkeypatch):
     right = training.indexer_kl
     monkeypatch.setattr(training, "indexer_kl", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
-    found = rows()
+    found = rows[1]()
     assert all(row.extra["check"] == "red" for row in found)
     assert not any(row.extra.get("step_over_forward") or row.extra.get("gib") for row in found)
     monkeypatch.setattr(cli, "device_named", lambda name: name)
