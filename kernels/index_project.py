@@ -12,6 +12,7 @@ import torch
 
 from .common import HAS_TRITON, ceil_div, index_tensor, next_power_of_2, tl, triton, use_triton
 from .custom_op import needs_grad
+from .launches import launch_options
 from .workspace import head_table
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -62,6 +63,7 @@ if HAS_TRITON:
         PAIRS: tl.constexpr,
         BLOCK_R: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        PDL: tl.constexpr,
     ):
         """One index row (a query's or a key's) of one token."""
         i_row = tl.program_id(0)
@@ -80,6 +82,9 @@ if HAS_TRITON:
             p_vector = p_key + i_batch * stride_kb + i_head * stride_kh + i_token * stride_km
             p_weight = p_key_weight + (i_row - num_queries) * INDEX_DIM * HEAD_DIM
             p_to = p_index_key + ((i_batch * num_keys + i_row - num_queries) * q_len + i_token) * INDEX_DIM
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         b_vector = tl.load(p_vector + o_dim, mask=m_dim, other=0.0).to(tl.float32)
         m_weight = m_out[:, None] & m_dim[None, :]
         b_weight = tl.load(p_weight + o_out[:, None] * HEAD_DIM + o_dim[None, :], mask=m_weight, other=0.0)
@@ -303,5 +308,6 @@ def index_project(
         BLOCK_R=next_power_of_2(index_dim),
         BLOCK_D=next_power_of_2(head_dim),
         num_warps=4,
+        **launch_options(query_pre.device),
     )
     return index_query, index_key

@@ -1,9 +1,9 @@
 """How kernels that follow one another are launched: on Hopper and later, the next one may start up meanwhile.
 
-A kernel with `PDL` set waits for the end of the one before it (`gdc_wait`) before it touches what that one may use, and
-lets the one after it start up at once (`gdc_launch_dependents`); what overlaps is the launch itself (programmatic
-dependent launch). Only kernels with `PDL` set let another start early, and none of them writes a length, a start or a
-head table: those can be read before the wait.
+A kernel with `PDL` set waits until the one before it has ended and its writes are seen (`gdc_wait`), and lets the one
+after it start up at once (`gdc_launch_dependents`); what overlaps is the launch itself (programmatic dependent launch).
+Head tables are copied, not written by a kernel, and may be read before the wait. So may whatever the kernel before had
+waited for when it let this one start, and nothing else.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from .common import HAS_TRITON, ceil_div, next_power_of_2, tl, triton
+from .launches import launch_options
 
 FORMS = ("rounded", "plain", "offset")
 # numbers that a program holds, and the longest row of one program
@@ -44,12 +45,16 @@ if HAS_TRITON:
         ROWS: tl.constexpr,
         ROUNDED: tl.constexpr,
         OFFSET: tl.constexpr,
+        PDL: tl.constexpr,
     ):
         """A few short rows, or one long one."""
         o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         o_dim = tl.arange(0, BLOCK_D)
         m_tile = (o_row < num_rows)[:, None] & (o_dim < DIM)[None, :]
         o_tile = o_row.to(tl.int64)[:, None] * DIM + o_dim[None, :]
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         # [ROWS, BLOCK_D]
         b_x = tl.load(p_hidden + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_weight = tl.load(p_weight + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)
@@ -98,5 +103,6 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, *, form: st
             ROUNDED=form == "rounded",
             OFFSET=form == "offset",
             num_warps=max(1, min(rows * block // 512, 16)),
+            **launch_options(hidden.device),
         )
     return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .common import HAS_TRITON, ceil_div, next_power_of_2, tl, triton
+from .launches import launch_options
 
 # tokens of a program, at most
 TOKENS = 32
@@ -58,6 +59,7 @@ if HAS_TRITON:
         HALF: tl.constexpr,
         BLOCK_H: tl.constexpr,
         TOKENS: tl.constexpr,
+        PDL: tl.constexpr,
     ):
         """One head (a query's or a key's) of a few tokens; programs of the same tokens follow one another."""
         i_head = (tl.program_id(0) % (num_heads + num_kv_heads)).to(tl.int64)
@@ -75,6 +77,9 @@ if HAS_TRITON:
             p_from = p_key + i_batch * stride_kb + (i_head - num_heads) * stride_kh + o_token * stride_km
             p_to = p_key_out + i_batch * stride_zb + (i_head - num_heads) * stride_zh + o_token * stride_zm
         o_angle = i_batch * stride_cb + o_token * stride_cm + o_half[None, :]
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         # [TOKENS, BLOCK_H]
         b_first = tl.load(p_from + o_half[None, :], mask=m_tile, other=0.0)
         b_second = tl.load(p_from + HALF + o_half[None, :], mask=m_tile, other=0.0)
@@ -131,6 +136,7 @@ def rotate(
             BLOCK_H=next_power_of_2(dim // 2),
             TOKENS=tokens,
             num_warps=1 if tokens == 1 else 4,
+            **launch_options(query.device),
             enable_fp_fusion=False,  # a product and the sum fused would skip a rounding
         )
     return outs

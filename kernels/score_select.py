@@ -151,18 +151,18 @@ if HAS_TRITON:
         i_query = i_row % q_len
         i_head = (i_row // q_len) % num_heads
         i_batch = (i_row // q_len // num_heads).to(tl.int64)
-        # before the wait: no kernel that lets the next one start early writes these
+        if PDL:
+            # what follows COMPACT may start beside SCORE already: it has work that needs neither
+            if SCORE:
+                tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        # COMPACT reads these before it waits: SCORE has waited for whatever wrote them
         length = tl.load(p_length).to(tl.int32)
         begin = i_row * 0
         if HAS_START:
             begin = tl.load(p_start + i_batch, mask=i_row < num_rows, other=0).to(tl.int32)
-        if PDL:
-            # what follows COMPACT may start beside SCORE already: it has work that needs neither
-            if COMPACT:
-                tl.extra.cuda.gdc_launch_dependents()
+        if PDL and COMPACT:
             tl.extra.cuda.gdc_wait()
-            if SCORE:
-                tl.extra.cuda.gdc_launch_dependents()
         TILE: tl.constexpr = ROWS * LANES
         UNITS: tl.constexpr = TILE // BLOCK
         if APPEND and i_row >= num_rows:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .common import HAS_TRITON, ceil_div, tl, triton
+from .launches import launch_options
 
 # numbers of a program
 TILE = 4096
@@ -24,9 +25,12 @@ def silu_product_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor
 if HAS_TRITON:
     # specialised by the divisibility of `size`: else the mask would forbid wide loads
     @triton.jit
-    def _silu_product_kernel(p_gate, p_up, p_out, size, TILE: tl.constexpr):
+    def _silu_product_kernel(p_gate, p_up, p_out, size, TILE: tl.constexpr, PDL: tl.constexpr):
         o_tile = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         m_tile = o_tile < size
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         # [TILE]
         b_gate = tl.load(p_gate + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_up = tl.load(p_up + o_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -51,5 +55,8 @@ def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(gate):
-        _silu_product_kernel[(ceil_div(out.numel(), TILE),)](gate, up, out, out.numel(), TILE=TILE, num_warps=8)
+        options = launch_options(gate.device)
+        _silu_product_kernel[(ceil_div(out.numel(), TILE),)](
+            gate, up, out, out.numel(), TILE=TILE, num_warps=8, **options
+        )
     return out

@@ -464,14 +464,18 @@ def bench_kernels(
     output: Output = Path("build/bench"),
     preset: Annotated[str, typer.Option(help="paper, quick or full.")] = "quick",
     only: Annotated[str | None, typer.Option(help="prefill, sparse (sparse prefill) or decode.")] = None,
-    name: Annotated[str, typer.Option(help="Basename of the result files.")] = "kernels",
+    name: Annotated[str, typer.Option(help="Basename of the result files; parts with one name add up.")] = "kernels",
     sweep: Annotated[bool, typer.Option("--sweep", help="With --only sparse: find its best launches instead.")] = False,
 ) -> None:
     """Time our kernels and their peers in one process (CUDA only); each figure is checked against a reference."""
-    from .benchmarks.kernels import run_kernel_benchmarks
+    from .benchmarks.harness import table
+    from .benchmarks.kernels import COLUMNS, SWEEP_COLUMNS, run_kernel_benchmarks
 
     device_named("cuda")
-    run_kernel_benchmarks(preset, output, only=only, name=name, sweep=sweep)
+    rows = run_kernel_benchmarks(preset, output, only=only, name=name, sweep=sweep)
+    typer.echo(table(rows, extra=SWEEP_COLUMNS if sweep else COLUMNS))
+    if any(row.extra.get("check") != "ok" for row in rows):
+        raise ValueError("some results are wrong: see the rows whose check is red")
 
 
 @bench.command("training", epilog="Example: rtpurbo bench training --preset paper --output results/")

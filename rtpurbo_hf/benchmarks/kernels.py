@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
+from importlib import import_module
 from pathlib import Path
 
-from .harness import Row, copy_bandwidth, environment, matmul_rate, table, write
+from .harness import Row, copy_bandwidth, environment, matmul_rate, write
+from .part_results import Results
 
-PARTS = ("prefill", "sparse", "decode")
+PARTS = {"prefill": "kernels_prefill", "sparse": "kernels_sparse_prefill", "decode": "kernels_decode"}
 PRESETS = ("quick", "paper", "full")
 COLUMNS = ("geometry", "batch", "tflops", "dense_path", "selected", "kept_mass", "check", "checked_error")
+SWEEP_COLUMNS = ("setting", "selected", "kept_mass", "check")
 
 
 def run_kernel_benchmarks(
@@ -20,16 +21,16 @@ def run_kernel_benchmarks(
 
     Args:
         preset: `"quick"` (a minute), `"paper"` (the lengths and geometry of the paper's figures) or `"full"`.
-        output: folder for `name`.json, .csv and .png.
+        output: folder for `name`.json, .csv and .png; rows of other parts that are there stay, as `Results` does it.
         only: `"prefill"`, `"sparse"` (sparse prefill) or `"decode"`; None: all.
         sweep: with `"sparse"`: its launches and selection settings instead, in minutes; the best ones by length go
             to the result file's `meta`.
 
     Raises:
-        ValueError: unknown preset or part.
+        ValueError: unknown preset or part, or rows there that were measured elsewhere.
     """
     if only is not None and only not in PARTS:
-        raise ValueError(f"only must be one of {PARTS} or None, got {only!r}")
+        raise ValueError(f"only must be one of {tuple(PARTS)} or None, got {only!r}")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
     if sweep:
@@ -40,40 +41,10 @@ def run_kernel_benchmarks(
         swept, best = kernels_sparse_sweep.run(preset)
         write(swept, Path(output) / f"{name}-sweep", meta=environment() | {"preset": preset, "best": best})
         return swept
-    rows: list[Row] = []
-    if only in (None, "prefill"):
-        from . import kernels_prefill
-
-        rows += kernels_prefill.run(preset)
-    if only in (None, "sparse"):
-        from . import kernels_sparse_prefill
-
-        rows += kernels_sparse_prefill.run(preset)
-    if only in (None, "decode"):
-        from . import kernels_decode
-
-        rows += kernels_decode.run(preset)
     ceilings = {"copy_bytes_per_s": copy_bandwidth(), "bf16_matmul_flops_per_s": matmul_rate()}
-    write(rows, Path(output) / name, meta=environment() | {"preset": preset, "ceilings": ceilings})
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="quick")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the result files")
-    parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("--sweep", action="store_true", help="with --only sparse: launches and settings")
-    parser.add_argument("--name", default="kernels", help="basename of the result files")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
-    rows = run_kernel_benchmarks(
-        arguments.preset, arguments.output, arguments.only, name=arguments.name, sweep=arguments.sweep
-    )
-    print(table(rows, extra=("setting", "selected", "kept_mass", "check") if arguments.sweep else COLUMNS))
-    if any(row.extra.get("check") != "ok" for row in rows):
-        raise SystemExit("some results are wrong: see the rows whose check is red")
-
-
-if __name__ == "__main__":
-    main()
+    results = Results(Path(output) / name, environment() | {"preset": preset, "ceilings": ceilings})
+    for part, module in PARTS.items():
+        if only in (None, part):
+            for row in import_module(f".{module}", __package__).run(preset):
+                results.add(row)
+    return results.close()

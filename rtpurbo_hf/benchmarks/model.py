@@ -42,7 +42,7 @@ from .model_plan import (
     selected_share,
 )
 from .model_planted import STEPS, CountSelected, PlantedIndex, ScaleIndex, converted_layer, planted_cache
-from .model_results import Results
+from .part_results import Results
 
 logger = logging.getLogger(__name__)
 

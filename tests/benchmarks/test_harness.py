@@ -102,6 +102,20 @@ def test_unknown_names_are_refused(preset, only, tmp_path):
         run_kernel_benchmarks(preset, tmp_path, only)
 
 
+def test_parts_of_the_kernel_benchmarks_add_up(tmp_path, monkeypatch):
+    from rtpurbo_hf.benchmarks import kernels, kernels_decode, kernels_prefill, kernels_sparse_prefill
+
+    for module, case in ((kernels_prefill, "prefill"), (kernels_sparse_prefill, "sparse"), (kernels_decode, "decode")):
+        monkeypatch.setattr(module, "run", lambda preset, case=case: [Row(case, 8192, 0.15, 1.0, 2.0, 0.5)])
+    for name in ("copy_bandwidth", "matmul_rate"):
+        monkeypatch.setattr(kernels, name, lambda: 1.0)
+    monkeypatch.setattr(kernels, "environment", lambda: META | {"versions": {}, "command": "a"})
+    run_kernel_benchmarks("quick", tmp_path)
+    rows = run_kernel_benchmarks("quick", tmp_path, "decode")
+    assert [row.case for row in rows] == ["prefill", "sparse", "decode"]
+    assert json.loads((tmp_path / "kernels.json").read_text())["meta"]["commands"] == ["a", "a"]
+
+
 def test_measure_refuses_nothing_to_measure():
     with pytest.raises(ValueError, match="at least one call"):
         harness.measure([])

@@ -15,7 +15,7 @@ from rtpurbo_hf.benchmarks.model_check import check_decode, check_prefill, verdi
 from rtpurbo_hf.benchmarks.model_dense import Budget, Peers, add_compiled, graphed_peers
 from rtpurbo_hf.benchmarks.model_plan import SHAPES, draw_retrieval_heads, make_plan, selected_share
 from rtpurbo_hf.benchmarks.model_planted import CountSelected, PlantedIndex, ScaleIndex, TwoLevels, planted_cache
-from rtpurbo_hf.benchmarks.model_results import Results
+from rtpurbo_hf.benchmarks.part_results import Results
 from rtpurbo_hf.modeling import attention_rtpurbo
 from rtpurbo_hf.modeling.families_rtpurbo import CACHE_ARGUMENT
 from rtpurbo_hf.modeling.modeling_rtpurbo import RTPurboForCausalLM

@@ -26,7 +26,8 @@ def test_norm(length, shape, form):
     hidden, weight = draw(1, length, *shape), draw(shape[-1])
     got, expected = rms_norm(hidden, weight, 1e-6, form=form), rms_norm_reference(hidden, weight, 1e-6, form=form)
     assert (got != expected).float().mean() < 1e-4
-    torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-6)
+    # a last bit, or with two roundings one in each
+    torch.testing.assert_close(got, expected, rtol=2**-6 if form == "rounded" else 2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

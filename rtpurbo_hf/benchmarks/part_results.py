@@ -9,11 +9,11 @@ from typing import Any
 from .harness import Row, write
 
 SAME = ("device", "versions", "preset")
-IDENTITY = ("shape", "layers", "batch")
+IDENTITY = ("shape", "layers", "geometry", "batch")
 
 
 def _key(row: Row) -> tuple:
-    return (row.case, row.length, *(row.extra.get(name) for name in IDENTITY))
+    return (row.case, row.length, row.ratio, *(row.extra.get(name) for name in IDENTITY))
 
 
 class Results:
