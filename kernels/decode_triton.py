@@ -85,7 +85,8 @@ if HAS_TRITON:
         m_item = o_item < batch * num_local
         b_begin = tl.zeros([ITEMS], dtype=tl.int32)
         if HAS_START:
-            b_begin = tl.load(p_start + o_item // tl.maximum(num_local, 1), mask=m_item, other=0).to(tl.int32)
+            p_begin = p_start + o_item // tl.maximum(num_local, 1)
+            b_begin = tl.load(p_begin, mask=m_item, other=0, cache_modifier=".cg").to(tl.int32)
         b_real = length - b_begin
         b_low = tl.maximum(b_real - q_len + 1 - window, num_sinks)
         b_tokens = tl.maximum(tl.minimum(b_real, num_sinks), 0) + tl.maximum(b_real - b_low, 0)
@@ -98,7 +99,7 @@ if HAS_TRITON:
         """Tokens and units `[ITEMS]` of the (batch, retrieval head, query) rows, as their lists are long."""
         o_item = tl.arange(0, ITEMS)
         m_item = o_item < num_rows
-        b_tokens = tl.load(p_counts + o_item, mask=m_item, other=0) * BLOCK
+        b_tokens = tl.load(p_counts + o_item, mask=m_item, other=0, cache_modifier=".cg") * BLOCK
         return b_tokens, tl.where(m_item, tl.cdiv(b_tokens, BLOCK_N) + LEAD, 0)
 
     @triton.jit
@@ -265,8 +266,10 @@ if HAS_TRITON:
         b_pos = real - q_len + o_n
         m_token = (o_n < q_len) & (b_pos >= 0)
         m_load = m_token[:, None] & (o_dim < HEAD_DIM)[None, :]
-        b_key = tl.load(p_key + o_n[:, None] * stride_kn + o_dim[None, :], mask=m_load, other=0.0)
-        b_value = tl.load(p_value + o_n[:, None] * stride_vn + o_dim[None, :], mask=m_load, other=0.0)
+        p_key += o_n[:, None] * stride_kn + o_dim[None, :]
+        p_value += o_n[:, None] * stride_vn + o_dim[None, :]
+        b_key = tl.load(p_key, mask=m_load, other=0.0, cache_modifier=".cg")
+        b_value = tl.load(p_value, mask=m_load, other=0.0, cache_modifier=".cg")
         b_distance = b_q_pos[:, None] - b_pos[None, :]
         m_near = (b_distance < window) | (b_pos < num_sinks)[None, :]
         m_seen = (b_distance >= 0) & m_near & m_token[None, :]
@@ -410,7 +413,8 @@ if HAS_TRITON:
         if PDL and PARTIAL and not EARLY:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        length = tl.load(p_length).to(tl.int32)
+        # what is read before a wait comes from L2: no cache nearer may still hold what it was
+        length = tl.load(p_length, cache_modifier=".cg").to(tl.int32)
         p_retrieval = p_tables + 3 * num_local
         p_is_local = p_retrieval + 2 * num_retrieval
         i_cta = tl.program_id(0)
@@ -440,11 +444,12 @@ if HAS_TRITON:
                 m_write = m_rows & (tl.load(p_is_local + o_head, mask=m_rows, other=0) > 0)
                 begin = i_item * 0
                 if HAS_START:
-                    begin = tl.load(p_start + i_far).to(tl.int32)
+                    begin = tl.load(p_start + i_far, cache_modifier=".cg").to(tl.int32)
                 real = length - begin
                 # [BLOCK_M, BLOCK_D]
                 o_q = i_far * stride_qb + o_head[:, None] * stride_qh + o_query[:, None] * stride_qm + o_dim[None, :]
-                b_query = tl.load(p_query + o_q, mask=m_rows[:, None] & m_dim[None, :], other=0.0)
+                m_query = m_rows[:, None] & m_dim[None, :]
+                b_query = tl.load(p_query + o_q, mask=m_query, other=0.0, cache_modifier=".cg")
                 b_q_pos = real - q_len + o_query
                 first_step = tl.maximum(i_unit - item_first - LEAD, 0)
                 stop_step = stop_unit - item_first - LEAD

@@ -157,10 +157,10 @@ if HAS_TRITON:
                 tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         # COMPACT reads these before it waits: SCORE has waited for whatever wrote them
-        length = tl.load(p_length).to(tl.int32)
+        length = tl.load(p_length, cache_modifier=".cg").to(tl.int32)
         begin = i_row * 0
         if HAS_START:
-            begin = tl.load(p_start + i_batch, mask=i_row < num_rows, other=0).to(tl.int32)
+            begin = tl.load(p_start + i_batch, mask=i_row < num_rows, other=0, cache_modifier=".cg").to(tl.int32)
         if PDL and COMPACT:
             tl.extra.cuda.gdc_wait()
         TILE: tl.constexpr = ROWS * LANES

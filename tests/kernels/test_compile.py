@@ -24,7 +24,7 @@ KNOWN_SPILLS = {
     (80, "sparse_prefill_triton._sparse_prefill_kernel"): 104,
     (90, "sink_window_hopper._sink_window_hopper_kernel"): 1048,
     (90, "score_select._score_select_kernel"): 168,
-    (90, "decode_triton._decode_attention_kernel"): 28,
+    (90, "decode_triton._decode_attention_kernel"): 12,
     (90, "indexer_kl_triton._rows_kernel"): 424,
     (90, "indexer_kl_triton._keys_kernel"): 248,
     (90, "window_gradient_triton._keys_kernel"): 668,
