@@ -663,6 +663,12 @@ class RTPurboCache(Cache):
         return super().get_seq_length(layer_idx)
 
     @property
+    def is_split(self) -> bool:
+        """Whether tokens are kept as the plans say; below `dense_below` they are not yet, and never are again."""
+        first = self.layers[self.converted[0]]
+        return first.length > 0 and first.held is first.plan
+
+    @property
     def is_recording(self) -> bool:
         return self.layers[self.converted[0]].record_past
 

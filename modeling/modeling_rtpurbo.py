@@ -408,7 +408,10 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         if self.attention == "sparse" and self.config.index_rotary_dim:
             waves = tuple(self.config.index_rotary_wavelengths)
             rotation = index_rotation(positions, waves, self.config.index_rotary_dim)
-        is_dense = self.attention == "sparse" and q_start + shape[1] < self.config.dense_below
+        # drafts of assisted generation are forgotten again: whether the store is split depends on their first one
+        counted = q_start + (1 if is_decode else shape[1])
+        is_dense = self.attention == "sparse" and counted < self.config.dense_below
+        is_dense = is_dense and not (cache is not None and cache.is_split)
         return ForwardState(
             self.attention, q_start, start, is_decode, is_dense, positions, rotation, length, cache=cache
         )

@@ -238,6 +238,28 @@ def test_dense_below(batch, static):
             assert torch.equal(logits.argmax(-1), tokens[:, i + 1]), i
 
 
+@torch.no_grad()
+def test_crop_around_the_end_of_dense_below():
+    """Regression: a step that went over the limit and was cropped below it read split stores as whole ones."""
+    ids, model = padded_batch((90,))[0], make(dense_below=60)
+
+    def steps(cache, first, last):
+        return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(first, last)], 1)
+
+    one_by_one, drafted = model.new_cache(), model.new_cache()
+    model(ids[:, :50], past_key_values=one_by_one), model(ids[:, :50], past_key_values=drafted)
+    model(ids[:, 50:65], past_key_values=drafted)
+    drafted.crop(-10)
+    steps(one_by_one, 50, 55)
+    assert (steps(drafted, 55, 75) - steps(one_by_one, 55, 75)).abs().max() < 1e-5
+    # split up for good: below the limit again, and still sparse
+    one_by_one.crop(-20)
+    drafted.crop(-20)
+    again = steps(drafted, 55, 75)
+    model.config.dense_below = 0
+    assert (again - steps(one_by_one, 55, 75)).abs().max() < 1e-5
+
+
 def test_use_cache_false(model, batch, expected):
     ids, mask = batch
     assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY), expected)
