@@ -46,7 +46,7 @@ from .families_rtpurbo import (
 from .fused_rtpurbo import fuse
 from .graph_rtpurbo import graph_for
 from .indexer_rtpurbo import RTPurboIndexer, index_rotation
-from .padding_rtpurbo import check_positions, left_padding
+from .padding_rtpurbo import check_continued, check_positions, left_padding
 from .plan_rtpurbo import HeadPlan
 
 AttentionInterface.register(ATTENTION_NAME, rtpurbo_attention)
@@ -389,12 +389,14 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 "this cache holds a right-padded batch, which cannot be continued: pad on the left "
                 "(tokenizer.padding_side = 'left')"
             )
-        if is_decode:
+        if is_decode or (q_start > 0 and attention_mask is None):
             start = cache.start
         else:
             start, right_padded = left_padding(attention_mask, shape[0], q_start + shape[1])
             if q_start == 0:
                 check_positions(position_ids, attention_mask)
+            else:
+                check_continued(cache.start, start, q_start)
             if cache is not None:
                 cache.set_padding(start, right_padded)
                 start = cache.start

@@ -186,8 +186,26 @@ def test_other_padding_drops_graphs(model):
     with torch.no_grad():
         model(ids, past_key_values=cache)
         cache.graphs[2] = None
-        model(ids, attention_mask=torch.cat([mask, torch.ones_like(mask)], 1), past_key_values=cache)
+        cache.crop(-30)
+        model(ids, attention_mask=mask, past_key_values=cache)
     assert not cache.graphs
+
+
+@torch.no_grad()
+def test_long_turn_after_a_padded_batch(model):
+    """Regression: without a mask, or with one of ones, rows were taken to begin at slot 0 and the ring was misread."""
+    ids, mask = padded_batch((35, 70))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def second_turn(mask):
+        cache = model.new_cache()
+        model(ids[:, :40], attention_mask=first, position_ids=positions[:, :40], past_key_values=cache)
+        return model(ids[:, 40:], attention_mask=mask, position_ids=positions[:, 40:], past_key_values=cache).logits
+
+    first = mask[:, :40]
+    assert torch.equal(second_turn(None), second_turn(mask))
+    with pytest.raises(ValueError, match=r"rows begin at \[0, 0\], the cached rows begin at \[35, 0\]"):
+        second_turn(torch.ones_like(mask))
 
 
 def test_static_cache_with_beams(model, batch):
