@@ -71,8 +71,10 @@ Checkpointing = Annotated[
 Accumulation = Annotated[int, typer.Option(help="Stage-2 blocks of a step, on each GPU.")]
 LoraRank = Annotated[int, typer.Option(help="Stage 2 trains a LoRA of this rank; 0: all weights.")]
 LabelRows = Annotated[int, typer.Option(help="Stage 2 learns from so many last rows of a block of plain text.")]
-Blocks = Annotated[int, typer.Option(help="Blocks in the distillation set.")]
-NeedleShare = Annotated[float, typer.Option(help="Part of the plain-text blocks with key-value needles.")]
+Blocks = Annotated[int, typer.Option(min=1, help="Blocks in the distillation set.")]
+NeedleShare = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Part of the plain-text blocks with key-value needles.")
+]
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -191,8 +193,8 @@ def adapt(
 def calibrate(
     base: Base,
     output: Output,
-    context: Annotated[int, typer.Option(help="Tokens in a document.")] = 32768,
-    documents: Annotated[int, typer.Option(help="Documents to average over.")] = 4,
+    context: Annotated[int, typer.Option(min=2, help="Tokens in a document.")] = 32768,
+    documents: Annotated[int, typer.Option(min=1, help="Documents to average over.")] = 4,
     ratio: Annotated[
         float | None, typer.Option(help="Part of the query heads that retrieve.", show_default="0.15, or all if few")
     ] = None,
@@ -281,7 +283,7 @@ def train_indexer(
 def cache_teacher(
     checkpoint: Checkpoint,
     output: Output,
-    context: Annotated[int, typer.Option(help="Tokens in a block.")] = 32768,
+    context: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 32768,
     blocks: Blocks = 256,
     label_rows: LabelRows = 300,
     needle_share: NeedleShare = 1 / 3,
@@ -317,7 +319,7 @@ def distill(
         Path | None,
         typer.Option(help="Folder of `rtpurbo cache-teacher` with the same data.", show_default="made first"),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens in a block.")] = 32768,
+    context: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 32768,
     blocks: Blocks = 256,
     steps: Annotated[int, typer.Option(help="Steps.")] = 600,
     learning_rate: Stage2Rate = None,
@@ -368,8 +370,8 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Prompt; '-' reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -407,7 +409,7 @@ def generate(
 @app.command(epilog="Example: rtpurbo info build/demo/adapter --context 131072")
 def info(
     checkpoint: Checkpoint,
-    context: Annotated[int, typer.Option(help="Tokens in the cache, for the byte counts.")] = 131072,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache, for the byte counts.")] = 131072,
     dtype: Annotated[DType, typer.Option(help="Dtype of keys and values.")] = DType.bfloat16,
     kv_cache_dtype: Annotated[
         str | None,

@@ -25,7 +25,9 @@ Data = Annotated[
         "--data", help="Text: a file, folder, Hub data set, or 'system'; may be repeated.", show_default="system"
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of data order, needles, initialisation and sampling.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Seed of data order, needles, initialisation and sampling.")
+]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, or auto.")]
 Precision = Annotated[
     DType | None, typer.Option(help="Dtype of the model.", show_default="float32 on CPU, else bfloat16")
@@ -38,8 +40,14 @@ def device_named(name: str) -> str:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such device; use cpu, cuda, cuda:1 or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here")
     # torchrun: each process has a GPU of its own
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
 

@@ -258,6 +258,11 @@ def test_cache_teacher_then_distill(adapted, workplace):
         (("adapt", "base", "-o", "x", "--stages", "2"), "--stages must be 1 or 1,2, got '2'"),
         (("distill", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
         (("cache-teacher", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
+        (("adapt", "base", "-o", "x", "--steps", "-1"), "steps must be at least 1, got -1"),
+        (("adapt", "base", "-o", "x", "--learning-rate", "nan"), "learning_rate must be a positive number, got nan"),
+        (("adapt", "base", "-o", "x", "--stages", "1,2", "--accumulation", "0"), "accumulation must be at least 1"),
+        (("adapt", "base", "-o", "x", "--stages", "1,2", "--label-rows", "0"), "label_rows must be at least 1, got 0"),
+        (("adapt", "base", "-o", "x", "--device", "gpu"), "--device gpu: no such device"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_readable_line(workplace, monkeypatch, capsys, arguments, message):
@@ -267,6 +272,15 @@ def test_bad_input_is_one_readable_line(workplace, monkeypatch, capsys, argument
     assert last.startswith("rtpurbo: ")
     assert message in last
     assert "Traceback" not in errors
+
+
+def test_block_too_short_to_evaluate_is_found_before_training(workplace, monkeypatch, capsys):
+    """Regression: the questions of the evaluation were made after training, which ended in this error."""
+    short = ("--context", "640", "--window", "700", "--data", "texts", "--preset", "demo", "--device", "cpu")
+    code, _, errors = in_this_process(monkeypatch, capsys, workplace, "adapt", "base", "-o", "short", *short)
+    assert code == 1
+    assert "a block of 640 tokens is too short" in errors
+    assert not (workplace / "short").exists()
 
 
 def test_debug_shows_the_trace(workplace):
