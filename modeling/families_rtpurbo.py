@@ -91,6 +91,11 @@ def family_of(config) -> Family:
         ValueError: the family is not on the list.
     """
     model_type = config.get_text_config(decoder=True).model_type
+    if config.model_type == "rtpurbo":
+        raise ValueError(
+            "this is an RTPurbo model already: train it further with `rtpurbo distill`, or start from its base, "
+            f"{config.base_model_name_or_path or config.base_config.model_type}"
+        )
     if config.model_type != model_type or model_type not in FAMILIES:
         raise ValueError(
             f"base models of the family {config.model_type!r} are not supported. "

@@ -91,7 +91,10 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
 
     def __init__(self, config: RTPurboConfig):
         if config.base_config is None:
-            raise ValueError("RTPurboConfig.base_config is missing: which model shall be wrapped?")
+            raise ValueError(
+                "RTPurboConfig.base_config is missing: this is no RTPurbo checkpoint; wrap a base model with "
+                "RTPurboForCausalLM.from_base, or adapt it with `rtpurbo adapt`"
+            )
         self._family = family_of(config.base_config)
         super().__init__(config)
         self.model = AutoModelForCausalLM.from_config(config.base_config, attn_implementation=ATTENTION_NAME)

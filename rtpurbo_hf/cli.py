@@ -24,6 +24,7 @@ from .cli_options import (
     checkpoint_named,
     device_named,
     dtype_named,
+    text_of,
 )
 
 app = typer.Typer(
@@ -258,7 +259,7 @@ def train_indexer(
     from .presets import preset as named
     from .training.calibration import Calibration
 
-    record = parse_json(heads.read_text(encoding="utf-8"), heads)
+    record = parse_json(text_of(heads, "--heads"), heads)
     plain = isinstance(record, dict) and "scores" not in record
     settings = named(preset, context=context, sliding_window=window, steps=steps, train_blocks=train_blocks)
     device = device_named(device)
@@ -385,7 +386,7 @@ def generate(
 
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give exactly one of --prompt and --prompt-file")
-    text = prompt_file.read_text(encoding="utf-8") if prompt_file else str(prompt)
+    text = text_of(prompt_file, "--prompt-file") if prompt_file else str(prompt)
     if prompt == "-":
         text = sys.stdin.read()
     if output is not None and output.exists():
@@ -398,6 +399,8 @@ def generate(
         message = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(device)
+    if not inputs["input_ids"].numel():
+        raise ValueError("the prompt is empty: give at least one token to go on from")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)

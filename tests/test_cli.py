@@ -263,9 +263,13 @@ def test_cache_teacher_then_distill(adapted, workplace):
         (("adapt", "base", "-o", "x", "--stages", "1,2", "--accumulation", "0"), "accumulation must be at least 1"),
         (("adapt", "base", "-o", "x", "--stages", "1,2", "--label-rows", "0"), "label_rows must be at least 1, got 0"),
         (("adapt", "base", "-o", "x", "--device", "gpu"), "--device gpu: no such device"),
+        (("info", "out"), "the folder has no config.json; give out/adapter"),
+        (("distill", "base", "-o", "x"), "is a 'llama' model, not an RTPurbo one"),
+        (("adapt", "out/adapter", "-o", "x", "--data", "texts"), "this is an RTPurbo model already"),
+        (("generate", "out/adapter", "--prompt", ""), "the prompt is empty"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_readable_line(workplace, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_readable_line(adapted, workplace, monkeypatch, capsys, arguments, message):
     code, _, errors = in_this_process(monkeypatch, capsys, workplace, *arguments)
     last = errors.strip().splitlines()[-1]
     assert code == 1
