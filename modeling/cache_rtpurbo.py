@@ -587,6 +587,7 @@ class RTPurboCache(Cache):
         self.start: torch.Tensor | None = None
         self.right_padded = False
         self.in_prefill = False
+        self.in_drafts = False
         self.max_length = max_length
         self.index_block_size = config.index_block_size
         self.device_length: torch.Tensor | None = None

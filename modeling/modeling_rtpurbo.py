@@ -304,10 +304,17 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 graph = graph_for(self, past_key_values, input_ids)
                 if graph is not None:
                     return graph.step(input_ids, position_ids)
-        if decode_rows is None and past_key_values is not None and past_key_values.is_recording:
-            # assisted generation appends its first drafts to the prompt: they decode, as they would one by one
-            drafts = logits_to_keep - 1 if isinstance(logits_to_keep, int) else 0
-            decode_rows = drafts if drafts > 0 and past_key_values.get_seq_length() == 0 else None
+        # assisted generation asks for the logits of its drafts and of the token before them
+        drafts = logits_to_keep - 1 if isinstance(logits_to_keep, int) else 0
+        if drafts > 0 and decode_rows is None and past_key_values is not None and past_key_values.is_recording:
+            if past_key_values.get_seq_length() == 0:
+                # its first drafts come with the prompt: they decode, as they would one by one
+                decode_rows = drafts
+            elif observer is None and on_selection is None and labels is None:
+                return self._verify(
+                    drafts, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values,
+                    use_cache=use_cache, **kwargs,
+                )  # fmt: skip
         return self.attend(
             input_ids,
             attention_mask=attention_mask,
@@ -323,6 +330,41 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _verify(
+        self, drafts: int, input_ids, inputs_embeds, attention_mask, position_ids, cache: RTPurboCache, **kwargs
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, drafts + 1, V]` of drafts on a cache, which decode however many they are; a longer turn of a chat
+        that comes before them attends as it would without them."""
+        past, tokens = cache.get_seq_length(), input_ids if inputs_embeds is None else inputs_embeds
+        cut = tokens.shape[1] - drafts if tokens.shape[1] > drafts + 1 else 0
+        before = None
+        if cut:
+            before = self.attend(
+                None if input_ids is None else input_ids[:, :cut],
+                attention_mask=None if attention_mask is None else attention_mask[:, : past + cut],
+                position_ids=None if position_ids is None else position_ids[..., :cut],
+                cache=cache,
+                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, :cut],
+                logits_to_keep=1,
+                **kwargs,
+            )
+        cache.in_drafts = True
+        try:
+            out = self.attend(
+                None if input_ids is None else input_ids[:, cut:],
+                attention_mask=attention_mask,
+                position_ids=None if position_ids is None else position_ids[..., cut:],
+                cache=cache,
+                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, cut:],
+                logits_to_keep=0,
+                **kwargs,
+            )
+        finally:
+            cache.in_drafts = False
+        if before is not None:
+            out.logits = torch.cat([before.logits, out.logits], 1)
+        return out
 
     def attend(
         self,
@@ -385,7 +427,10 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
     def _state(self, shape, attention_mask, position_ids, cache: RTPurboCache | None) -> ForwardState:
         q_start = 0 if cache is None else cache.get_seq_length()
         is_decode = (
-            q_start > 0 and shape[1] <= self.config.decode_max_queries and not (cache is not None and cache.in_prefill)
+            cache is not None
+            and q_start > 0
+            and (shape[1] <= self.config.decode_max_queries or cache.in_drafts)
+            and not cache.in_prefill
         )
         if cache is not None and cache.right_padded:
             raise ValueError(
@@ -483,6 +528,15 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs[CACHE_ARGUMENT] = cache
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        cache = kwargs.get(CACHE_ARGUMENT)
+        past = cache.get_seq_length() if isinstance(cache, RTPurboCache) else 0
+        first = kwargs.get("is_first_iteration") and kwargs.get("inputs_embeds") is None
+        if next_sequence_length is None and first and 0 < past < input_ids.shape[1]:
+            # assisted generation in transformers (5.24) hands over what is cached once more
+            next_sequence_length = input_ids.shape[1] - past
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache = model_kwargs.get(CACHE_ARGUMENT)

@@ -348,6 +348,26 @@ def test_prompt_lookup(model, single):
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=5, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("turn", [None, 3, 25], ids=["prompt", "short turn", "long turn"])
+def test_more_drafts_than_decode_max_queries(turn):
+    """Regression: 17 drafts and more attended as a prompt does, and a second turn was appended to itself."""
+    model, phrase = make(prefill="dense"), padded_batch((25,), seed=0)[0]
+    ids = phrase.repeat(1, 3)
+
+    def generate(**options):
+        prompt, cache = ids, None
+        if turn is not None:
+            first = model.generate(ids, return_dict_in_generate=True, max_new_tokens=10, min_new_tokens=10)
+            prompt, cache = torch.cat([first.sequences, phrase[:, :turn]], 1), first.past_key_values
+        new = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+        mask = torch.ones_like(prompt)
+        return model.generate(prompt, attention_mask=mask, past_key_values=cache, **new, **options)
+
+    plain = generate()
+    assert torch.equal(generate(prompt_lookup_num_tokens=20), plain)
+    assert torch.equal(generate(prompt_lookup_num_tokens=2), plain)
+
+
 def test_continue_from_returned_cache(model, single):
     ids, expected = single
     half = {"max_new_tokens": NEW // 2, "min_new_tokens": NEW // 2, "do_sample": False}
