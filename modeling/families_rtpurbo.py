@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import CellType, FunctionType
 
 import torch
@@ -158,13 +158,13 @@ def rotation(attention: nn.Module, family: Family) -> Callable | None:
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     if not family.partial_rotary:
         return apply
-    size = attention.rotary_ndims
+    return partial(_rotate_first, apply, attention.rotary_ndims)
 
-    def apply_partial(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        q_rot, k_rot = apply(q[..., :size], k[..., :size], cos, sin)
-        return torch.cat([q_rot, q[..., size:]], -1), torch.cat([k_rot, k[..., size:]], -1)
 
-    return apply_partial
+def _rotate_first(apply: Callable, size: int, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    """Rotate the first `size` dimensions of each head."""
+    q_rot, k_rot = apply(q[..., :size], k[..., :size], cos, sin)
+    return torch.cat([q_rot, q[..., size:]], -1), torch.cat([k_rot, k[..., size:]], -1)
 
 
 @lru_cache(maxsize=64)

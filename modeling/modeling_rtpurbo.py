@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -529,6 +529,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             cache.activate_past_recording()
         model_kwargs[CACHE_ARGUMENT] = cache
 
+    # transformers asks this method's signature what the model can be called with
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
         cache = kwargs.get(CACHE_ARGUMENT)
         past = cache.get_seq_length() if isinstance(cache, RTPurboCache) else 0
@@ -537,6 +539,17 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             # assisted generation in transformers (5.24) hands over what is cached once more
             next_sequence_length = input_ids.shape[1] - past
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: continuous batching keeps keys and values in a paged cache of its own.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching (generate_batch, cache_implementation='paged') needs a paged cache, which an RTPurbo "
+            "model does not have: call generate() with a left-padded batch"
+        )
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache = model_kwargs.get(CACHE_ARGUMENT)

@@ -1,6 +1,7 @@
 """Every family on the list: with all heads retrieving and p = 1, the wrapped model is the base model."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -76,3 +77,13 @@ def test_sparse_prefill_and_decode_equal_one_forward(family):
     with torch.no_grad(), model.attention_mode("dense"):
         dense = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     assert (dense - whole)[real].abs().max() > 1e-3, "the sparse setting must really drop something"
+
+
+@pytest.mark.parametrize("family", ["phi", "stablelm"])
+@torch.no_grad()
+def test_models_with_partial_rotation_are_pickled(family):
+    """Regression: their rotation was a local function, which pickle refuses."""
+    base = tiny_base(family)
+    model = RTPurboForCausalLM.from_base(base, retrieval_heads=everything_retrieves(base), sliding_window=4)
+    ids = padded_batch((11,))[0]
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)

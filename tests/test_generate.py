@@ -278,6 +278,13 @@ def test_crop_around_the_end_of_dense_below():
     assert (again - steps(one_by_one, 55, 75)).abs().max() < 1e-5
 
 
+def test_prompt_as_embeddings(model, batch, expected):
+    ids, mask = batch
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=mask, **GREEDY), expected[:, 41:])
+    assert torch.equal(model.generate(ids, inputs_embeds=embeddings, attention_mask=mask, **GREEDY), expected)
+
+
 def test_use_cache_false(model, batch, expected):
     ids, mask = batch
     assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY), expected)
@@ -544,6 +551,9 @@ def test_refusals(model, batch):
     ids, mask = batch
     with pytest.raises(ValueError, match=r"'quantized' is not supported.*kv_cache_dtype='int8'"):
         model.generate(ids, attention_mask=mask, cache_implementation="quantized", **GREEDY)
+    # regression: nothing was generated, and the error was only logged
+    with pytest.raises(ValueError, match=r"continuous batching .* needs a paged cache"):
+        model.generate_batch([[5, 6, 7]])
     chunked = make("gemma3_text")
     layer_types = chunked.config.base_config.layer_types
     chunked.config.base_config.layer_types = ["hybrid_sliding", *layer_types[1:]]
