@@ -11,6 +11,8 @@ import pytest
 import torch
 from small_tokenizer import small_tokenizer
 
+from rtpurbo_hf.presets import preset
+from rtpurbo_hf.recipe_data import adaptation_data
 from rtpurbo_hf.training import corpora, texts
 from rtpurbo_hf.training.data import (
     EVALUATION_KEYS,
@@ -330,6 +332,18 @@ def test_chat_without_template_or_assistant_is_refused(monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="no chat template"):
         chat_tokens(tokenizer, CHAT)
+
+
+def test_conversations_are_adapted_to(tmp_path, caplog):
+    """Regression: an adaptation put needles into whatever it was given, and ended on conversations."""
+    turns = [*CHAT, {"role": "user", "content": "and then " * 20}, CHAT[-1]]
+    rows = [json.dumps({"messages": [{"role": "user", "content": f"{i}"}, *turns]}) for i in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    settings = preset("demo", context=64, train_blocks=4)
+    blocks = adaptation_data(tmp_path / "chat.jsonl", small_tokenizer(), settings, 0)
+    assert "no key-value needles" in caplog.text
+    assert blocks.train.label_mask is not None
+    assert blocks.train.needle_rows.numel() == 0
 
 
 @pytest.mark.parametrize("policy", ["document", "concat"])

@@ -41,7 +41,8 @@ def label_rows(blocks: TokenBlocks, *, last: int = LABEL_ROWS) -> torch.Tensor:
     """Rows whose next token is a label: int64 `[N, R]`, ascending, padded with -1.
 
     Conversations: rows that predict an assistant's token. Plain text: the `last` rows of a block (the very last one,
-    which predicts nothing, left out), and the rows that predict a needle's answer.
+    which predicts nothing, left out), and the rows that predict a needle's answer; also where it stands among
+    conversations.
 
     Raises:
         ValueError: `last` below 1.
@@ -52,10 +53,11 @@ def label_rows(blocks: TokenBlocks, *, last: int = LABEL_ROWS) -> torch.Tensor:
     labelled = torch.zeros(count, length, dtype=torch.bool)
     if blocks.label_mask is not None:
         labelled[:, :-1] = blocks.label_mask[:, 1:]
-    else:
-        labelled[:, max(length - 1 - last, 0) : length - 1] = True
-        block, place = torch.nonzero(blocks.needle_rows >= 0, as_tuple=True)
-        labelled[block, blocks.needle_rows[block, place]] = True
+    # among conversations, too, there may be plain text
+    plain = ~labelled.any(1)
+    labelled[plain, max(length - 1 - last, 0) : length - 1] = True
+    block, place = torch.nonzero(blocks.needle_rows >= 0, as_tuple=True)
+    labelled[block, blocks.needle_rows[block, place]] = True
     rows = [torch.nonzero(mask)[:, 0] for mask in labelled]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 

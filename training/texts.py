@@ -275,6 +275,6 @@ def split_documents(
     if not rest or not kept:
         raise ValueError(
             f"held_out={held_out} of {len(documents)} documents leaves {len(rest)} and {len(kept)}; "
-            "both sides need at least one document"
+            "both sides need at least one document: give more of them, or another seed, which draws others"
         )
     return rest, kept
