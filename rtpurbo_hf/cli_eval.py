@@ -120,7 +120,9 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of samples and of the bootstrap; with --ablate of training too.")
     ] = 0,
-    split_seed: Annotated[int, typer.Option(min=0, help="Seed of the adaptation: its held-out documents are scored.")] = 0,
+    split_seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the adaptation: its held-out documents are scored.")
+    ] = 0,
     unseen: Annotated[
         bool, typer.Option("--unseen", help="No adaptation saw any of --data: score all of its documents.")
     ] = False,
