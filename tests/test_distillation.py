@@ -288,6 +288,15 @@ def test_resume_is_bit_equal_and_loads(tmp_path, rank):
         other.train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_other_processes_than_the_first_save_nothing(tmp_path, monkeypatch, rank):
+    """Regression: with FSDP each process wrote the same files, the others empty ones; who came last won."""
+    trainer = SelfDistillationTrainer(wrapped(), arguments(tmp_path / "run", lora_rank=rank), blocks(1))
+    monkeypatch.setattr(SelfDistillationArguments, "should_save", property(lambda self: False))
+    trainer._save(str(tmp_path / "checkpoint-2"), state_dict={})
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
 def test_lora_trains_attention_projections_only(tmp_path):
     model = wrapped()
     before = weights(model)

@@ -163,6 +163,8 @@ class SelfDistillationTrainer(StageTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A full checkpoint for `from_pretrained`, or the LoRA in peft's form; and the arguments as JSON."""
+        if not self.args.should_save:
+            return  # with FSDP the Trainer calls this in every process, and only the first one has the weights
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         if self._lora is None:
