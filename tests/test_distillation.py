@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import everything_retrieves, tiny_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, TrainerCallback
 
 from rtpurbo_hf import distill
@@ -295,6 +295,11 @@ def test_other_processes_than_the_first_save_nothing(tmp_path, monkeypatch, rank
     monkeypatch.setattr(SelfDistillationArguments, "should_save", property(lambda self: False))
     trainer._save(str(tmp_path / "checkpoint-2"), state_dict={})
     assert not (tmp_path / "checkpoint-2").exists()
+    if rank:
+        (tmp_path / "checkpoint-2").mkdir()
+        save_file({}, tmp_path / "checkpoint-2" / ADAPTER_FILE)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors is empty"):
+            trainer._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
 
 
 def test_lora_trains_attention_projections_only(tmp_path):

@@ -212,6 +212,8 @@ class SelfDistillationTrainer(StageTrainer):
         if not (folder / ADAPTER_FILE).is_file():
             raise ValueError(f"{folder} holds no LoRA: was it trained without one? Set lora_rank to 0 then")
         weights = load_file(folder / ADAPTER_FILE)
+        if not weights:
+            raise ValueError(f"{folder / ADAPTER_FILE} is empty: go on from an earlier checkpoint, or start anew")
         if self.is_fsdp_enabled:
             # by the names in the model: peft's own loading does not know shards
             names = {key: key.removeprefix(_PEFT_PREFIX).removesuffix(".weight") for key in weights}
