@@ -180,6 +180,14 @@ def test_another_teacher_is_refused(tmp_path):
         cache_teacher(wrapped(), blocks, tmp_path, tokenizer=small_tokenizer(), k=0)
 
 
+def test_folder_with_other_files_is_refused(tmp_path):
+    """Regression: shards were written between the texts that they were made from."""
+    (tmp_path / "text.txt").write_text("text", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not empty and holds no teacher cache"):
+        build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
 def test_a_torn_shard_is_named(tmp_path):
     cache = build(tmp_path)
     (tmp_path / "teacher-00001.safetensors").write_bytes(b"torn")

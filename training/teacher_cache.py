@@ -205,7 +205,7 @@ def cache_teacher(
         progress: show a bar.
 
     Raises:
-        ValueError: `k` or `shard_blocks` below 1, or a folder with another cache; names the field.
+        ValueError: `k` or `shard_blocks` below 1, a folder with another cache (names the field), or with other files.
     """
     rows = label_rows(blocks) if rows is None else rows
     if k < 1 or shard_blocks < 1:
@@ -223,6 +223,9 @@ def cache_teacher(
     if (target / INDEX_FILE).exists():
         _compare(target, _read_index(target), record, (*_IDENTITY, *_PRECISION))
     else:
+        # what other processes of this run write at the same time begins with a dot, or so
+        if target.exists() and any(not p.name.startswith((".", "teacher-", INDEX_FILE)) for p in target.iterdir()):
+            raise ValueError(f"{target} is not empty and holds no teacher cache: choose another folder")
         target.mkdir(parents=True, exist_ok=True)
         temporary = target / f".{INDEX_FILE}.{part[0]}.tmp"
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
