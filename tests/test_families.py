@@ -79,6 +79,20 @@ def test_sparse_prefill_and_decode_equal_one_forward(family):
     assert (dense - whole)[real].abs().max() > 1e-3, "the sparse setting must really drop something"
 
 
+@torch.no_grad()
+def test_windows_that_only_the_mask_knows():
+    """Regression: sliding layers of Qwen2-MoE do not tell attention their window, and were refused in the forward."""
+    base = tiny_base("qwen2_moe", use_sliding_window=True, sliding_window=5, max_window_layers=2)
+    ids, mask = padded_batch((20, 31))
+    expected = generate(base, ids, mask).sequences
+    model = RTPurboForCausalLM.from_base(
+        copy.deepcopy(base), retrieval_heads=everything_retrieves(base), index_top_p=1.0, sliding_window=4
+    )
+    assert [module.layer_idx for module in model.converted()] != list(range(4))
+    assert torch.equal(generate(model, ids, mask).sequences, expected)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY), expected)
+
+
 @pytest.mark.parametrize("family", ["phi", "stablelm"])
 @torch.no_grad()
 def test_models_with_partial_rotation_are_pickled(family):
