@@ -151,6 +151,16 @@ def head_dim(attention: nn.Module) -> int:
     return int(getattr(attention, name))
 
 
+def rope_switches(config, cached: int, length: int) -> bool:
+    """Whether a context that grows from `cached` to `length` tokens changes the rotation of all of them (Phi-3's)."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None)
+    limit = getattr(text, "original_max_position_embeddings", None)
+    if limit is None or not isinstance(rope, dict) or rope.get("rope_type") != "longrope":
+        return False
+    return cached <= limit < length
+
+
 def rotation(attention: nn.Module, family: Family) -> Callable | None:
     """The function `(q, k, cos, sin) -> (q, k)` that rotates this layer's q and k, or None for a NoPE layer."""
     if not family.uses_rope(attention):

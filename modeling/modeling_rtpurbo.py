@@ -42,6 +42,7 @@ from .families_rtpurbo import (
     full_attention_modules,
     head_counts,
     head_dim,
+    rope_switches,
 )
 from .fused_rtpurbo import fuse
 from .graph_rtpurbo import graph_for
@@ -535,7 +536,11 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         cache = kwargs.get(CACHE_ARGUMENT)
         past = cache.get_seq_length() if isinstance(cache, RTPurboCache) else 0
         first = kwargs.get("is_first_iteration") and kwargs.get("inputs_embeds") is None
-        if next_sequence_length is None and first and 0 < past < input_ids.shape[1]:
+        if past and rope_switches(self.config, past, input_ids.shape[1]):
+            # cached keys were rotated for short contexts: as the base does, compute them again
+            cache.reset()
+            next_sequence_length = None
+        elif next_sequence_length is None and first and 0 < past < input_ids.shape[1]:
             # assisted generation in transformers (5.24) hands over what is cached once more
             next_sequence_length = input_ids.shape[1] - past
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)

@@ -93,6 +93,21 @@ def test_windows_that_only_the_mask_knows():
     assert torch.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY), expected)
 
 
+@torch.no_grad()
+def test_rotation_that_changes_with_the_length():
+    """Regression: past its short context, Phi-3 turns all keys anew; ours kept those of the short one."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    limit = {"original_max_position_embeddings": 35}
+    base = tiny_base("phi3", sliding_window=None, rope_parameters={**rope, **limit}, **limit)
+    ids, mask = padded_batch((20, 31))
+    expected = generate(base, ids, mask).sequences
+    model = RTPurboForCausalLM.from_base(
+        copy.deepcopy(base), retrieval_heads=everything_retrieves(base), index_top_p=1.0, sliding_window=4
+    )
+    assert torch.equal(generate(model, ids, mask).sequences, expected)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY), expected)
+
+
 @pytest.mark.parametrize("family", ["phi", "stablelm"])
 @torch.no_grad()
 def test_models_with_partial_rotation_are_pickled(family):
