@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import CellType, FunctionType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -168,7 +169,7 @@ def rotation(attention: nn.Module, family: Family) -> Callable | None:
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     if not family.partial_rotary:
         return apply
-    return partial(_rotate_first, apply, attention.rotary_ndims)
+    return partial(_rotate_first, apply, int(cast(Any, attention).rotary_ndims))
 
 
 def _rotate_first(apply: Callable, size: int, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):

@@ -339,9 +339,9 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         that comes before them attends as it would without them."""
         past, tokens = cache.get_seq_length(), input_ids if inputs_embeds is None else inputs_embeds
         cut = tokens.shape[1] - drafts if tokens.shape[1] > drafts + 1 else 0
-        before = None
+        before: torch.Tensor | None = None
         if cut:
-            before = self.attend(
+            first = self.attend(
                 None if input_ids is None else input_ids[:, :cut],
                 attention_mask=None if attention_mask is None else attention_mask[:, : past + cut],
                 position_ids=None if position_ids is None else position_ids[..., :cut],
@@ -350,6 +350,7 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 logits_to_keep=1,
                 **kwargs,
             )
+            before = first.logits
         cache.in_drafts = True
         try:
             out = self.attend(
@@ -363,8 +364,8 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             )
         finally:
             cache.in_drafts = False
-        if before is not None:
-            out.logits = torch.cat([before.logits, out.logits], 1)
+        if before is not None and out.logits is not None:
+            out.logits = torch.cat([before, out.logits], 1)
         return out
 
     def attend(

@@ -57,8 +57,8 @@ def check_continued(held: torch.Tensor | None, start: torch.Tensor | None, cache
     """
     if (held is None and start is None) or torch.compiler.is_compiling():
         return
-    known = held if held is not None else torch.zeros_like(start)
-    told = torch.zeros_like(known) if start is None else start.to(known.device)
+    pair = [part for part in (held, start) if part is not None]
+    known, told = (torch.zeros_like(pair[0]) if part is None else part.to(pair[0].device) for part in (held, start))
     if not bool(((told == known) | (told >= cached)).all()):
         raise ValueError(
             "attention_mask must cover cached tokens as well, padding included: by this one rows begin at "
