@@ -268,7 +268,13 @@ def _rotate(layer: RTPurboLayer, query, key, cos, sin) -> tuple[torch.Tensor, to
 def _native_sliding(module, query, key, value, window, state: ForwardState, options: dict) -> torch.Tensor:
     """A sliding-window layer of the base itself, left as it is; its cache has already been updated."""
     if window is None:
-        raise RuntimeError(f"{type(module).__name__} (layer {module.layer_idx}) has no window and was not converted")
+        # some families (qwen2_moe) leave their windows to the mask
+        kinds = getattr(module.config, "layer_types", None)
+        if kinds is None or kinds[module.layer_idx] != "sliding_attention":
+            raise RuntimeError(
+                f"{type(module).__name__} (layer {module.layer_idx}) has no window and was not converted"
+            )
+        window = module.config.sliding_window
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     kv_start = state.q_start + query.shape[2] - key.shape[2]
     if state.cache is not None and module.layer_idx in state.cache.native_windows:

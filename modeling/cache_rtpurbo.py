@@ -587,6 +587,7 @@ class RTPurboCache(Cache):
         self.start: torch.Tensor | None = None
         self.right_padded = False
         self.in_prefill = False
+        self.in_drafts = False
         self.max_length = max_length
         self.index_block_size = config.index_block_size
         self.device_length: torch.Tensor | None = None
@@ -661,6 +662,12 @@ class RTPurboCache(Cache):
         if layer_idx is None or layer_idx == 0:
             layer_idx = self.converted[0]
         return super().get_seq_length(layer_idx)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether tokens are kept as the plans say; below `dense_below` they are not yet, and never are again."""
+        first = self.layers[self.converted[0]]
+        return first.length > 0 and first.held is first.plan
 
     @property
     def is_recording(self) -> bool:

@@ -64,8 +64,9 @@ class RTPurboConfig(PreTrainedConfig):
             prefill row attends to its own top-p set, as decode does (exact, and slow); `"sparse_tiled"`, each tile of
             128 rows attends to one list of key blocks, chosen by the index (fast; see `kernels/tile_blocks.py`).
         decode_max_queries: a forward on a non-empty cache with at most this many tokens is a decode step.
-        dense_below: a forward whose cached and new tokens are fewer than this attends as the base model does; the cache
-            keeps everything until then. 0: never.
+        dense_below: a forward whose cached and new tokens are fewer than this attends as the base model does (of a
+            decode step of several tokens the first one is counted); the cache keeps everything until then, and is not
+            made whole again by a crop. 0: never.
         attention_backend: `"auto"`, `"triton"` or `"reference"`.
         kv_cache_dtype: of the cached keys and values that retrieval heads read: `"auto"`, the model's; `"int8"` or
             `"fp8"` (e4m3), with a scale for each token and KV head. What local heads keep is never quantised.

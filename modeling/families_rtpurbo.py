@@ -11,8 +11,9 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import CellType, FunctionType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -91,6 +92,11 @@ def family_of(config) -> Family:
         ValueError: the family is not on the list.
     """
     model_type = config.get_text_config(decoder=True).model_type
+    if config.model_type == "rtpurbo":
+        raise ValueError(
+            "this is an RTPurbo model already: train it further with `rtpurbo distill`, or start from its base, "
+            f"{config.base_model_name_or_path or config.base_config.model_type}"
+        )
     if config.model_type != model_type or model_type not in FAMILIES:
         raise ValueError(
             f"base models of the family {config.model_type!r} are not supported. "
@@ -146,6 +152,16 @@ def head_dim(attention: nn.Module) -> int:
     return int(getattr(attention, name))
 
 
+def rope_switches(config, cached: int, length: int) -> bool:
+    """Whether a context that grows from `cached` to `length` tokens changes the rotation of all of them (Phi-3's)."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None)
+    limit = getattr(text, "original_max_position_embeddings", None)
+    if limit is None or not isinstance(rope, dict) or rope.get("rope_type") != "longrope":
+        return False
+    return cached <= limit < length
+
+
 def rotation(attention: nn.Module, family: Family) -> Callable | None:
     """The function `(q, k, cos, sin) -> (q, k)` that rotates this layer's q and k, or None for a NoPE layer."""
     if not family.uses_rope(attention):
@@ -153,13 +169,13 @@ def rotation(attention: nn.Module, family: Family) -> Callable | None:
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     if not family.partial_rotary:
         return apply
-    size = attention.rotary_ndims
+    return partial(_rotate_first, apply, int(cast(Any, attention).rotary_ndims))
 
-    def apply_partial(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        q_rot, k_rot = apply(q[..., :size], k[..., :size], cos, sin)
-        return torch.cat([q_rot, q[..., size:]], -1), torch.cat([k_rot, k[..., size:]], -1)
 
-    return apply_partial
+def _rotate_first(apply: Callable, size: int, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    """Rotate the first `size` dimensions of each head."""
+    q_rot, k_rot = apply(q[..., :size], k[..., :size], cos, sin)
+    return torch.cat([q_rot, q[..., size:]], -1), torch.cat([k_rot, k[..., size:]], -1)
 
 
 @lru_cache(maxsize=64)

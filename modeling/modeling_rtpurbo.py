@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -42,11 +42,12 @@ from .families_rtpurbo import (
     full_attention_modules,
     head_counts,
     head_dim,
+    rope_switches,
 )
 from .fused_rtpurbo import fuse
 from .graph_rtpurbo import graph_for
 from .indexer_rtpurbo import RTPurboIndexer, index_rotation
-from .padding_rtpurbo import check_positions, left_padding
+from .padding_rtpurbo import check_continued, check_positions, left_padding
 from .plan_rtpurbo import HeadPlan
 
 AttentionInterface.register(ATTENTION_NAME, rtpurbo_attention)
@@ -91,7 +92,10 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
 
     def __init__(self, config: RTPurboConfig):
         if config.base_config is None:
-            raise ValueError("RTPurboConfig.base_config is missing: which model shall be wrapped?")
+            raise ValueError(
+                "RTPurboConfig.base_config is missing: this is no RTPurbo checkpoint; wrap a base model with "
+                "RTPurboForCausalLM.from_base, or adapt it with `rtpurbo adapt`"
+            )
         self._family = family_of(config.base_config)
         super().__init__(config)
         self.model = AutoModelForCausalLM.from_config(config.base_config, attn_implementation=ATTENTION_NAME)
@@ -301,10 +305,17 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
                 graph = graph_for(self, past_key_values, input_ids)
                 if graph is not None:
                     return graph.step(input_ids, position_ids)
-        if decode_rows is None and past_key_values is not None and past_key_values.is_recording:
-            # assisted generation appends its first drafts to the prompt: they decode, as they would one by one
-            drafts = logits_to_keep - 1 if isinstance(logits_to_keep, int) else 0
-            decode_rows = drafts if drafts > 0 and past_key_values.get_seq_length() == 0 else None
+        # assisted generation asks for the logits of its drafts and of the token before them
+        drafts = logits_to_keep - 1 if isinstance(logits_to_keep, int) else 0
+        if drafts > 0 and decode_rows is None and past_key_values is not None and past_key_values.is_recording:
+            if past_key_values.get_seq_length() == 0:
+                # its first drafts come with the prompt: they decode, as they would one by one
+                decode_rows = drafts
+            elif observer is None and on_selection is None and labels is None:
+                return self._verify(
+                    drafts, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values,
+                    use_cache=use_cache, **kwargs,
+                )  # fmt: skip
         return self.attend(
             input_ids,
             attention_mask=attention_mask,
@@ -320,6 +331,42 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _verify(
+        self, drafts: int, input_ids, inputs_embeds, attention_mask, position_ids, cache: RTPurboCache, **kwargs
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, drafts + 1, V]` of drafts on a cache, which decode however many they are; a longer turn of a chat
+        that comes before them attends as it would without them."""
+        past, tokens = cache.get_seq_length(), input_ids if inputs_embeds is None else inputs_embeds
+        cut = tokens.shape[1] - drafts if tokens.shape[1] > drafts + 1 else 0
+        before: torch.Tensor | None = None
+        if cut:
+            first = self.attend(
+                None if input_ids is None else input_ids[:, :cut],
+                attention_mask=None if attention_mask is None else attention_mask[:, : past + cut],
+                position_ids=None if position_ids is None else position_ids[..., :cut],
+                cache=cache,
+                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, :cut],
+                logits_to_keep=1,
+                **kwargs,
+            )
+            before = first.logits
+        cache.in_drafts = True
+        try:
+            out = self.attend(
+                None if input_ids is None else input_ids[:, cut:],
+                attention_mask=attention_mask,
+                position_ids=None if position_ids is None else position_ids[..., cut:],
+                cache=cache,
+                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, cut:],
+                logits_to_keep=0,
+                **kwargs,
+            )
+        finally:
+            cache.in_drafts = False
+        if before is not None and out.logits is not None:
+            out.logits = torch.cat([before, out.logits], 1)
+        return out
 
     def attend(
         self,
@@ -382,19 +429,24 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
     def _state(self, shape, attention_mask, position_ids, cache: RTPurboCache | None) -> ForwardState:
         q_start = 0 if cache is None else cache.get_seq_length()
         is_decode = (
-            q_start > 0 and shape[1] <= self.config.decode_max_queries and not (cache is not None and cache.in_prefill)
+            cache is not None
+            and q_start > 0
+            and (shape[1] <= self.config.decode_max_queries or cache.in_drafts)
+            and not cache.in_prefill
         )
         if cache is not None and cache.right_padded:
             raise ValueError(
                 "this cache holds a right-padded batch, which cannot be continued: pad on the left "
                 "(tokenizer.padding_side = 'left')"
             )
-        if is_decode:
+        if is_decode or (q_start > 0 and attention_mask is None):
             start = cache.start
         else:
             start, right_padded = left_padding(attention_mask, shape[0], q_start + shape[1])
             if q_start == 0:
                 check_positions(position_ids, attention_mask)
+            else:
+                check_continued(cache.start, start, q_start)
             if cache is not None:
                 cache.set_padding(start, right_padded)
                 start = cache.start
@@ -408,7 +460,10 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         if self.attention == "sparse" and self.config.index_rotary_dim:
             waves = tuple(self.config.index_rotary_wavelengths)
             rotation = index_rotation(positions, waves, self.config.index_rotary_dim)
-        is_dense = self.attention == "sparse" and q_start + shape[1] < self.config.dense_below
+        # drafts of assisted generation are forgotten again: whether the store is split depends on their first one
+        counted = q_start + (1 if is_decode else shape[1])
+        is_dense = self.attention == "sparse" and counted < self.config.dense_below
+        is_dense = is_dense and not (cache is not None and cache.is_split)
         return ForwardState(
             self.attention, q_start, start, is_decode, is_dense, positions, rotation, length, cache=cache
         )
@@ -475,6 +530,32 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs[CACHE_ARGUMENT] = cache
+
+    # transformers asks this method's signature what the model can be called with
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        cache = kwargs.get(CACHE_ARGUMENT)
+        past = cache.get_seq_length() if isinstance(cache, RTPurboCache) else 0
+        first = kwargs.get("is_first_iteration") and kwargs.get("inputs_embeds") is None
+        if past and rope_switches(self.config, past, input_ids.shape[1]):
+            # cached keys were rotated for short contexts: as the base does, compute them again
+            cache.reset()
+            next_sequence_length = None
+        elif next_sequence_length is None and first and 0 < past < input_ids.shape[1]:
+            # assisted generation in transformers (5.24) hands over what is cached once more
+            next_sequence_length = input_ids.shape[1] - past
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: continuous batching keeps keys and values in a paged cache of its own.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching (generate_batch, cache_implementation='paged') needs a paged cache, which an RTPurbo "
+            "model does not have: call generate() with a left-padded batch"
+        )
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache = model_kwargs.get(CACHE_ARGUMENT)

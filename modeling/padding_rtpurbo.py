@@ -45,6 +45,27 @@ def left_padding(mask: torch.Tensor | None, batch: int, length: int) -> tuple[to
     return (start if has_left else None), has_right
 
 
+def check_continued(held: torch.Tensor | None, start: torch.Tensor | None, cached: int) -> None:
+    """Refuse a mask that says something else about cached tokens than the mask that they came with.
+
+    Args:
+        held, start: first real slot of each row `[B]` by then, and by the new mask; None: 0.
+        cached: tokens in the cache; a row may begin anywhere behind them, if all of them were padding.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if (held is None and start is None) or torch.compiler.is_compiling():
+        return
+    pair = [part for part in (held, start) if part is not None]
+    known, told = (torch.zeros_like(pair[0]) if part is None else part.to(pair[0].device) for part in (held, start))
+    if not bool(((told == known) | (told >= cached)).all()):
+        raise ValueError(
+            "attention_mask must cover cached tokens as well, padding included: by this one rows begin at "
+            f"{told.tolist()}, the cached rows begin at {known.tolist()}"
+        )
+
+
 def check_positions(position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
     """Refuse packed sequences: positions that start again inside a row.
 

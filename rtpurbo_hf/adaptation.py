@@ -101,6 +101,7 @@ def adapt(
     model = wrap(source, settings)
     with clock("data"):
         blocks = adaptation_data(data, source.tokenizer, settings, seed, stage2=stage2 is not None)
+        needles = _needles(source, blocks, settings, seed)
     # only now: a run that ends on bad settings or data leaves nothing behind
     claim(output, _record(source, settings, seed, data, stage2))
     with clock("calibrate"):
@@ -142,7 +143,6 @@ def adapt(
         losses = [{"step": e["step"], "loss": e["loss"]} for e in distiller.state.log_history if "loss" in e]
         further["stage2"] = {"settings": dataclasses.asdict(stage2), "losses": losses}
     with clock("evaluate"):
-        needles = _needles(source, blocks, settings, seed)
         found = compare_variants(variants, list(blocks.held_out.input_ids), needles, rows=settings.eval_rows)
         kv_bytes, kv_bytes_dense = _measured_kv_bytes(model, blocks.held_out.input_ids[0])
     sparse = found["rtpurbo"]

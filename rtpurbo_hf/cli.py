@@ -24,6 +24,7 @@ from .cli_options import (
     checkpoint_named,
     device_named,
     dtype_named,
+    text_of,
 )
 
 app = typer.Typer(
@@ -76,8 +77,10 @@ Checkpointing = Annotated[
 Accumulation = Annotated[int, typer.Option(help="Stage-2 blocks of a step, on each GPU.")]
 LoraRank = Annotated[int, typer.Option(help="Stage 2 trains a LoRA of this rank; 0: all weights.")]
 LabelRows = Annotated[int, typer.Option(help="Stage 2 learns from so many last rows of a block of plain text.")]
-Blocks = Annotated[int, typer.Option(help="Blocks in the distillation set.")]
-NeedleShare = Annotated[float, typer.Option(help="Part of the plain-text blocks with key-value needles.")]
+Blocks = Annotated[int, typer.Option(min=1, help="Blocks in the distillation set.")]
+NeedleShare = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Part of the plain-text blocks with key-value needles.")
+]
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -201,8 +204,8 @@ def adapt(
 def calibrate(
     base: Base,
     output: Output,
-    context: Annotated[int, typer.Option(help="Tokens in a document.")] = 32768,
-    documents: Annotated[int, typer.Option(help="Documents to average over.")] = 4,
+    context: Annotated[int, typer.Option(min=2, help="Tokens in a document.")] = 32768,
+    documents: Annotated[int, typer.Option(min=1, help="Documents to average over.")] = 4,
     ratio: Annotated[
         float | None, typer.Option(help="Part of the query heads that retrieve.", show_default="0.15, or all if few")
     ] = None,
@@ -266,7 +269,7 @@ def train_indexer(
     from .presets import preset as named
     from .training.calibration import Calibration
 
-    record = parse_json(heads.read_text(encoding="utf-8"), heads)
+    record = parse_json(text_of(heads, "--heads"), heads)
     plain = isinstance(record, dict) and "scores" not in record
     settings = named(preset, context=context, sliding_window=window, steps=steps, train_blocks=train_blocks)
     device = device_named(device)
@@ -291,7 +294,7 @@ def train_indexer(
 def cache_teacher(
     checkpoint: Checkpoint,
     output: Output,
-    context: Annotated[int, typer.Option(help="Tokens in a block.")] = 32768,
+    context: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 32768,
     blocks: Blocks = 256,
     label_rows: LabelRows = 300,
     needle_share: NeedleShare = 1 / 3,
@@ -327,7 +330,7 @@ def distill(
         Path | None,
         typer.Option(help="Folder of `rtpurbo cache-teacher` with the same data.", show_default="made first"),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens in a block.")] = 32768,
+    context: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 32768,
     blocks: Blocks = 256,
     steps: Annotated[int, typer.Option(help="Steps.")] = 600,
     learning_rate: Stage2Rate = None,
@@ -378,8 +381,8 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Prompt; '-' reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -393,7 +396,7 @@ def generate(
 
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give exactly one of --prompt and --prompt-file")
-    text = prompt_file.read_text(encoding="utf-8") if prompt_file else str(prompt)
+    text = text_of(prompt_file, "--prompt-file") if prompt_file else str(prompt)
     if prompt == "-":
         text = sys.stdin.read()
     if output is not None and output.exists():
@@ -406,6 +409,8 @@ def generate(
         message = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(device)
+    if not inputs["input_ids"].numel():
+        raise ValueError("the prompt is empty: give at least one token to go on from")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
@@ -417,7 +422,7 @@ def generate(
 @app.command(epilog="Example: rtpurbo info build/demo/adapter --context 131072")
 def info(
     checkpoint: Checkpoint,
-    context: Annotated[int, typer.Option(help="Tokens in the cache, for the byte counts.")] = 131072,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache, for the byte counts.")] = 131072,
     dtype: Annotated[DType, typer.Option(help="Dtype of keys and values.")] = DType.bfloat16,
     kv_cache_dtype: Annotated[
         str | None,

@@ -117,8 +117,12 @@ def evaluate(
     qa_data: Annotated[
         Path | None, typer.Option(help="SQuAD .json, or .jsonl of question, answers and context.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of samples and of the bootstrap; with --ablate of training too.")] = 0,
-    split_seed: Annotated[int, typer.Option(help="Seed of the adaptation: its held-out documents are scored.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of samples and of the bootstrap; with --ablate of training too.")
+    ] = 0,
+    split_seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the adaptation: its held-out documents are scored.")
+    ] = 0,
     unseen: Annotated[
         bool, typer.Option("--unseen", help="No adaptation saw any of --data: score all of its documents.")
     ] = False,

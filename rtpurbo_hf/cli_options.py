@@ -25,7 +25,9 @@ Data = Annotated[
         "--data", help="Text: a file, folder, Hub data set, or 'system'; may be repeated.", show_default="system"
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of data order, needles, initialisation and sampling.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Seed of data order, needles, initialisation and sampling.")
+]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, or auto.")]
 Precision = Annotated[
     DType | None, typer.Option(help="Dtype of the model.", show_default="float32 on CPU, else bfloat16")
@@ -38,8 +40,14 @@ def device_named(name: str) -> str:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such device; use cpu, cuda, cuda:1 or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here")
     # torchrun: each process has a GPU of its own
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
 
@@ -55,6 +63,31 @@ def dtype_named(choice: DType | None, device: str):
 
 def checkpoint_named(name: str) -> str:
     """`name`, if it can be a checkpoint; ValueError otherwise."""
-    if not Path(name).is_dir() and name.count("/") != 1:
-        raise ValueError(f"checkpoint {name!r} is neither a folder nor a Hub id 'owner/name'")
+    from .interop import parse_json
+
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.count("/") != 1:
+            raise ValueError(f"checkpoint {name!r} is neither a folder nor a Hub id 'owner/name'")
+        return name
+    config = folder / "config.json"
+    if not config.is_file():
+        inside = [str(folder / part) for part in ("model", "adapter") if (folder / part / "config.json").is_file()]
+        advice = f"; give {' or '.join(inside)}" if inside else ""
+        raise ValueError(f"checkpoint {name!r}: the folder has no config.json{advice}")
+    found = parse_json(config.read_text(encoding="utf-8"), config)
+    if isinstance(found, dict) and found.get("model_type") != "rtpurbo":
+        raise ValueError(
+            f"checkpoint {name!r} is a {found.get('model_type')!r} model, not an RTPurbo one: `rtpurbo adapt` makes one"
+        )
     return name
+
+
+def text_of(path: Path, option: str) -> str:
+    """The UTF-8 text of the file that an option names; ValueError where it is none."""
+    if not path.is_file():
+        raise ValueError(f"{option} {path}: there is no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not UTF-8 text: {error}") from error

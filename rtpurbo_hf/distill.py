@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from .auto import RTPurboForCausalLM
+from .limits import check_limits, check_rate
 from .modeling.families_rtpurbo import family_of
 from .runs import claim
 from .training.checkpoints import last_checkpoint
@@ -43,7 +45,7 @@ class Stage2:
             of the speed; None: where `activation_bytes` is more than a third of a GPU's free memory, and on CPUs.
 
     Raises:
-        ValueError: no such schedule.
+        ValueError: no such schedule, or a number out of its range.
     """
 
     steps: int = 600
@@ -57,6 +59,8 @@ class Stage2:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        check_limits(self, steps=(1, inf), accumulation=(1, inf), lora_rank=(0, inf), label_rows=(1, inf))
+        check_rate("learning_rate of stage 2", self.learning_rate)
 
     @property
     def rate(self) -> float:

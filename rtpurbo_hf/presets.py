@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from .distill import Stage2
+from .limits import check_limits, check_rate
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Preset:
         initialisation: `"svd"` or `"random"`.
         distill_context, distill_blocks: tokens (at most `context`) and number of stage-2 blocks; both None: stage 1's.
         eval_blocks, eval_prompts, eval_rows: held-out text blocks, key-value prompts, and scored rows of a block.
+
+    Raises:
+        ValueError: a number out of its range. What the model's config holds is checked there.
     """
 
     context: int = 32768
@@ -52,6 +57,23 @@ class Preset:
     eval_blocks: int = 8
     eval_prompts: int = 8
     eval_rows: int = 512
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "train_blocks", "calibration_documents", "distill_blocks", "eval_blocks", "eval_prompts")
+        check_limits(
+            self,
+            context=(32, inf),
+            distill_context=(32, inf),
+            needle_share=(0, 1),
+            warmup_steps=(0, inf),
+            eval_rows=(1, inf),
+            **dict.fromkeys(positive, (1, inf)),
+        )
+        check_rate("learning_rate", self.learning_rate)
+        if self.rows_per_document != -1:
+            check_limits(self, rows_per_document=(1, inf))
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must be in (0, 1], got {self.ratio}")
 
     def index_rotary_wavelengths(self) -> list[float]:
         """Shortest and longest wavelength of the rotated index dimensions, in tokens."""

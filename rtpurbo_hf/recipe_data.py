@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from .training.data import NeedleMixer, TokenBlocks, load_texts, pack_documents,
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,13 @@ def adaptation_data(
     blocks = pack_documents(train, tokenizer, length, limit=limit, blocks_per_document=2, seed=seed)
     count = min(settings.calibration_documents, max(len(blocks) - 1, 1))
     mixer = NeedleMixer(tokenizer)
-    mixed = mixer.mix(part_of(blocks, count, None), share=settings.needle_share, seed=seed)
+    mixed = _with_needles(mixer, part_of(blocks, count, None), settings, seed)
     distillation = mixed
     if stage2 and (settings.distill_context is not None or settings.distill_blocks is not None):
         size = min(settings.distill_context or length, length)
         limit = settings.distill_blocks or settings.train_blocks
         shorter = pack_documents(train, tokenizer, size, limit=limit, blocks_per_document=2, seed=seed)
-        distillation = mixer.mix(shorter, share=settings.needle_share, seed=seed)
+        distillation = _with_needles(mixer, shorter, settings, seed)
     return AdaptationData(
         calibration=part_of(blocks, 0, count),
         train=mixed,
@@ -67,6 +71,13 @@ def adaptation_data(
         prompts=part_of(evaluation, texts, None),
         distillation=distillation,
     )
+
+
+def _with_needles(mixer: NeedleMixer, blocks: TokenBlocks, settings: Preset, seed: int) -> TokenBlocks:
+    if blocks.label_mask is None:
+        return mixer.mix(blocks, share=settings.needle_share, seed=seed)
+    logger.warning("there are conversations in the training data: it gets no key-value needles")
+    return blocks
 
 
 def part_of(blocks: TokenBlocks, first: int, last: int | None) -> TokenBlocks:

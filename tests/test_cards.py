@@ -167,3 +167,12 @@ def test_example_card_is_what_its_report_gives():
     options = {"license": License("apache-2.0"), "shape": "adapter", "repo_id": "OWNER/SmolLM2-135M-RTPurbo"}
     card = render_card(report, config=config, figures=figures, **options)
     assert str(card).strip() == (EXAMPLES / "README.md").read_text().strip()
+
+
+def test_code_of_cards_and_readme_asks_no_question():
+    """Regression: a tokenizer of a repository with code prompts where `trust_remote_code` is not given."""
+    root = Path(__file__).parents[1]
+    for page in (root / "README.md", root / "hub_cards" / "model_card.md.jinja"):
+        calls = [line for line in page.read_text(encoding="utf-8").splitlines() if ".from_pretrained(" in line]
+        assert calls
+        assert all("trust_remote_code=True" in line for line in calls), page

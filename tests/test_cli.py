@@ -259,15 +259,33 @@ def test_cache_teacher_then_distill(adapted, workplace):
         (("adapt", "base", "-o", "x", "--stages", "2"), "--stages must be 1 or 1,2, got '2'"),
         (("distill", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
         (("cache-teacher", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
+        (("adapt", "base", "-o", "x", "--steps", "-1"), "steps must be at least 1, got -1"),
+        (("adapt", "base", "-o", "x", "--learning-rate", "nan"), "learning_rate must be a positive number, got nan"),
+        (("adapt", "base", "-o", "x", "--stages", "1,2", "--accumulation", "0"), "accumulation must be at least 1"),
+        (("adapt", "base", "-o", "x", "--stages", "1,2", "--label-rows", "0"), "label_rows must be at least 1, got 0"),
+        (("adapt", "base", "-o", "x", "--device", "gpu"), "--device gpu: no such device"),
+        (("info", "out"), "the folder has no config.json; give out/adapter"),
+        (("distill", "base", "-o", "x"), "is a 'llama' model, not an RTPurbo one"),
+        (("adapt", "out/adapter", "-o", "x", "--data", "texts"), "this is an RTPurbo model already"),
+        (("generate", "out/adapter", "--prompt", ""), "the prompt is empty"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_readable_line(workplace, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_readable_line(adapted, workplace, monkeypatch, capsys, arguments, message):
     code, _, errors = in_this_process(monkeypatch, capsys, workplace, *arguments)
     last = errors.strip().splitlines()[-1]
     assert code == 1
     assert last.startswith("rtpurbo: ")
     assert message in last
     assert "Traceback" not in errors
+
+
+def test_block_too_short_to_evaluate_is_found_before_training(workplace, monkeypatch, capsys):
+    """Regression: the questions of the evaluation were made after training, which ended in this error."""
+    short = ("--context", "640", "--window", "700", "--data", "texts", "--preset", "demo", "--device", "cpu")
+    code, _, errors = in_this_process(monkeypatch, capsys, workplace, "adapt", "base", "-o", "short", *short)
+    assert code == 1
+    assert "a block of 640 tokens is too short" in errors
+    assert not (workplace / "short").exists()
 
 
 def test_debug_shows_the_trace(workplace):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from small_tokenizer import small_tokenizer
 
+from rtpurbo_hf.presets import preset
+from rtpurbo_hf.recipe_data import adaptation_data
 from rtpurbo_hf.training import corpora, texts
 from rtpurbo_hf.training.data import (
     EVALUATION_KEYS,
@@ -120,12 +122,24 @@ def test_hub_data_set_is_streamed(monkeypatch):
         ("x.jsonl", b'{"messages": [{"role": "user"}]}\n', "needs 'role' and 'content'"),
         ("x.txt", b"\xff\xfe\xff", "not UTF-8"),
         ("x.csv", b"a,b\n", r"files of kind '\.csv'"),
+        ("x.jsonl", b'{"text": "caf\xe9"}\n', r"x\.jsonl is not UTF-8"),
+        ("x.jsonl", b'{"text": "\\ud800"}\n', r"x\.jsonl#0: this text cannot be written as UTF-8"),
+        ("x.jsonl", b'{"text": 3}\n', "the field 'text' must be text, got int"),
+        ("x.jsonl", b'{"messages": "hello"}\n', r"x\.jsonl#0: 'messages' must be a list of turns"),
+        ("x.parquet", b"junk", r"x\.parquet cannot be read as Parquet"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_texts(tmp_path / name)
+
+
+def test_marks_and_missing_texts_are_read_as_nothing(tmp_path):
+    """Regression: a byte-order mark made JSON unreadable and was trained on in text; a null text ended the run."""
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": null}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
+    assert sorted(d.text for d in load_texts(tmp_path)) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +149,8 @@ def test_unreadable_files_are_refused(tmp_path, name, content, message):
         ("./nothing", {}, "no such file"),
         ("fineweb", {}, "neither 'system', nor a local file"),
         ([], {}, "no data source"),
+        ("", {}, "no data source"),
+        ("nothing/*.md", {}, "no file has such a name"),
         ("system", {"min_chars": 10**9}, r"no document has at least 1000000000 characters \(\d+ of other lengths\)"),
     ],
 )
@@ -316,6 +332,18 @@ def test_chat_without_template_or_assistant_is_refused(monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="no chat template"):
         chat_tokens(tokenizer, CHAT)
+
+
+def test_conversations_are_adapted_to(tmp_path, caplog):
+    """Regression: an adaptation put needles into whatever it was given, and ended on conversations."""
+    turns = [*CHAT, {"role": "user", "content": "and then " * 20}, CHAT[-1]]
+    rows = [json.dumps({"messages": [{"role": "user", "content": f"{i}"}, *turns]}) for i in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    settings = preset("demo", context=64, train_blocks=4)
+    blocks = adaptation_data(tmp_path / "chat.jsonl", small_tokenizer(), settings, 0)
+    assert "no key-value needles" in caplog.text
+    assert blocks.train.label_mask is not None
+    assert blocks.train.needle_rows.numel() == 0
 
 
 @pytest.mark.parametrize("policy", ["document", "concat"])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import everything_retrieves, tiny_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, TrainerCallback
 
 from rtpurbo_hf import distill
@@ -286,6 +286,20 @@ def test_resume_is_bit_equal_and_loads(tmp_path, rank):
     other = SelfDistillationTrainer(wrapped(), arguments(tmp_path / "c", lora_rank=4 - rank), blocks())
     with pytest.raises(ValueError, match="Set lora_rank"):
         other.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_other_processes_than_the_first_save_nothing(tmp_path, monkeypatch, rank):
+    """Regression: with FSDP each process wrote the same files, the others empty ones; who came last won."""
+    trainer = SelfDistillationTrainer(wrapped(), arguments(tmp_path / "run", lora_rank=rank), blocks(1))
+    monkeypatch.setattr(SelfDistillationArguments, "should_save", property(lambda self: False))
+    trainer._save(str(tmp_path / "checkpoint-2"), state_dict={})
+    assert not (tmp_path / "checkpoint-2").exists()
+    if rank:
+        (tmp_path / "checkpoint-2").mkdir()
+        save_file({}, tmp_path / "checkpoint-2" / ADAPTER_FILE)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors is empty"):
+            trainer._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
 
 
 def test_lora_trains_attention_projections_only(tmp_path):

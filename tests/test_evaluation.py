@@ -556,6 +556,8 @@ def test_bad_input(checkpoint, tmp_path, arguments, message):
 
 def test_store_refuses_other_settings(tmp_path):
     path = tmp_path / "partial.jsonl"
+    # regression: a run that ended before its first result kept the folder from any other
+    RecordStore(path, {"seed": 0})
     RecordStore(path, {"seed": 1}).put(("text", "block", 64, "dense", 0), Record({"nll": (1.5, 2.0)}))
     assert RecordStore(path, {"seed": 1})["text", "block", 64, "dense", 0].sums == {"nll": (1.5, 2.0)}
     with pytest.raises(ValueError, match="other settings"):

@@ -1,6 +1,7 @@
 """Every family on the list: with all heads retrieving and p = 1, the wrapped model is the base model."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -76,3 +77,48 @@ def test_sparse_prefill_and_decode_equal_one_forward(family):
     with torch.no_grad(), model.attention_mode("dense"):
         dense = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     assert (dense - whole)[real].abs().max() > 1e-3, "the sparse setting must really drop something"
+
+
+@torch.no_grad()
+def test_windows_that_only_the_mask_knows():
+    """Regression: sliding layers of Qwen2-MoE do not tell attention their window, and were refused in the forward."""
+    base = tiny_base("qwen2_moe", use_sliding_window=True, sliding_window=5, max_window_layers=2)
+    ids, mask = padded_batch((20, 31))
+    expected = generate(base, ids, mask).sequences
+    model = RTPurboForCausalLM.from_base(
+        copy.deepcopy(base), retrieval_heads=everything_retrieves(base), index_top_p=1.0, sliding_window=4
+    )
+    assert [module.layer_idx for module in model.converted()] != list(range(4))
+    assert torch.equal(generate(model, ids, mask).sequences, expected)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY), expected)
+
+
+@torch.no_grad()
+def test_rotation_that_changes_with_the_length():
+    """Regression: past its short context, Phi-3 turns all keys anew; ours kept those of the short one."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    limit = {"original_max_position_embeddings": 35}
+    base = tiny_base("phi3", sliding_window=None, rope_parameters={**rope, **limit}, **limit)
+    ids, mask = padded_batch((20, 31))
+    model = RTPurboForCausalLM.from_base(
+        copy.deepcopy(base), retrieval_heads=everything_retrieves(base), index_top_p=1.0, sliding_window=4
+    )
+    found = generate(model, ids, mask)
+    # without a cache: the base's own generate() loses its context there before transformers 5.24
+    for step, logits in enumerate(found.logits):
+        seen = torch.cat([mask, mask.new_ones(2, step)], 1)
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        whole = base(found.sequences[:, : 31 + step], attention_mask=seen, position_ids=positions, use_cache=False)
+        assert (whole.logits[:, -1] - logits).abs().max() < 1e-4, step
+    static = model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY)
+    assert torch.equal(static, found.sequences)
+
+
+@pytest.mark.parametrize("family", ["phi", "stablelm"])
+@torch.no_grad()
+def test_models_with_partial_rotation_are_pickled(family):
+    """Regression: their rotation was a local function, which pickle refuses."""
+    base = tiny_base(family)
+    model = RTPurboForCausalLM.from_base(base, retrieval_heads=everything_retrieves(base), sliding_window=4)
+    ids = padded_batch((11,))[0]
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)

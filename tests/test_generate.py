@@ -186,8 +186,26 @@ def test_other_padding_drops_graphs(model):
     with torch.no_grad():
         model(ids, past_key_values=cache)
         cache.graphs[2] = None
-        model(ids, attention_mask=torch.cat([mask, torch.ones_like(mask)], 1), past_key_values=cache)
+        cache.crop(-30)
+        model(ids, attention_mask=mask, past_key_values=cache)
     assert not cache.graphs
+
+
+@torch.no_grad()
+def test_long_turn_after_a_padded_batch(model):
+    """Regression: without a mask, or with one of ones, rows were taken to begin at slot 0 and the ring was misread."""
+    ids, mask = padded_batch((35, 70))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def second_turn(mask):
+        cache = model.new_cache()
+        model(ids[:, :40], attention_mask=first, position_ids=positions[:, :40], past_key_values=cache)
+        return model(ids[:, 40:], attention_mask=mask, position_ids=positions[:, 40:], past_key_values=cache).logits
+
+    first = mask[:, :40]
+    assert torch.equal(second_turn(None), second_turn(mask))
+    with pytest.raises(ValueError, match=r"rows begin at \[0, 0\], the cached rows begin at \[35, 0\]"):
+        second_turn(torch.ones_like(mask))
 
 
 def test_static_cache_with_beams(model, batch):
@@ -236,6 +254,35 @@ def test_dense_below(batch, static):
             ).logits[:, -1]  # fmt: skip
             logits[:, 2] = -torch.inf
             assert torch.equal(logits.argmax(-1), tokens[:, i + 1]), i
+
+
+@torch.no_grad()
+def test_crop_around_the_end_of_dense_below():
+    """Regression: a step that went over the limit and was cropped below it read split stores as whole ones."""
+    ids, model = padded_batch((90,))[0], make(dense_below=60)
+
+    def steps(cache, first, last):
+        return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(first, last)], 1)
+
+    one_by_one, drafted = model.new_cache(), model.new_cache()
+    model(ids[:, :50], past_key_values=one_by_one), model(ids[:, :50], past_key_values=drafted)
+    model(ids[:, 50:65], past_key_values=drafted)
+    drafted.crop(-10)
+    steps(one_by_one, 50, 55)
+    assert (steps(drafted, 55, 75) - steps(one_by_one, 55, 75)).abs().max() < 1e-5
+    # split up for good: below the limit again, and still sparse
+    one_by_one.crop(-20)
+    drafted.crop(-20)
+    again = steps(drafted, 55, 75)
+    model.config.dense_below = 0
+    assert (again - steps(one_by_one, 55, 75)).abs().max() < 1e-5
+
+
+def test_prompt_as_embeddings(model, batch, expected):
+    ids, mask = batch
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=mask, **GREEDY), expected[:, 41:])
+    assert torch.equal(model.generate(ids, inputs_embeds=embeddings, attention_mask=mask, **GREEDY), expected)
 
 
 def test_use_cache_false(model, batch, expected):
@@ -306,6 +353,26 @@ def test_assisted_with_dense_prefill_equals_plain():
 def test_prompt_lookup(model, single):
     ids, expected = single
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=5, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("turn", [None, 3, 25], ids=["prompt", "short turn", "long turn"])
+def test_more_drafts_than_decode_max_queries(turn):
+    """Regression: 17 drafts and more attended as a prompt does, and a second turn was appended to itself."""
+    model, phrase = make(prefill="dense"), padded_batch((25,), seed=0)[0]
+    ids = phrase.repeat(1, 3)
+
+    def generate(**options):
+        prompt, cache = ids, None
+        if turn is not None:
+            first = model.generate(ids, return_dict_in_generate=True, max_new_tokens=10, min_new_tokens=10)
+            prompt, cache = torch.cat([first.sequences, phrase[:, :turn]], 1), first.past_key_values
+        new = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+        mask = torch.ones_like(prompt)
+        return model.generate(prompt, attention_mask=mask, past_key_values=cache, **new, **options)
+
+    plain = generate()
+    assert torch.equal(generate(prompt_lookup_num_tokens=20), plain)
+    assert torch.equal(generate(prompt_lookup_num_tokens=2), plain)
 
 
 def test_continue_from_returned_cache(model, single):
@@ -484,6 +551,9 @@ def test_refusals(model, batch):
     ids, mask = batch
     with pytest.raises(ValueError, match=r"'quantized' is not supported.*kv_cache_dtype='int8'"):
         model.generate(ids, attention_mask=mask, cache_implementation="quantized", **GREEDY)
+    # regression: nothing was generated, and the error was only logged
+    with pytest.raises(ValueError, match=r"continuous batching .* needs a paged cache"):
+        model.generate_batch([[5, 6, 7]])
     chunked = make("gemma3_text")
     layer_types = chunked.config.base_config.layer_types
     chunked.config.base_config.layer_types = ["hybrid_sliding", *layer_types[1:]]

@@ -54,11 +54,12 @@ def test_label_rows():
     assert rows[0].tolist() == [33, 34, 35, 36, 37, 38, -1, -1]
     assert rows[1].tolist() == [12, 13, 33, 34, 35, 36, 37, 38]
     assert label_rows(text_blocks(), last=1000)[0].tolist() == list(range(LENGTH - 1))
-    rows = label_rows(chat_blocks())
+    rows = label_rows(chat_blocks(), last=6)
     # the first token of a block is predicted by no row
     assert rows[0].tolist() == [0, 1, 19, 20, 21, 22, 23]
     assert rows[2].tolist() == [37, 38, -1, -1, -1, -1, -1]
-    assert (rows[1] == -1).all()
+    # regression: a block of plain text among conversations was trained on without a label
+    assert rows[1].tolist() == [33, 34, 35, 36, 37, 38, -1]
     with pytest.raises(ValueError, match="at least 1 label row"):
         label_rows(text_blocks(), last=0)
 
@@ -177,6 +178,14 @@ def test_another_teacher_is_refused(tmp_path):
         TeacherCache(tmp_path / "x", model=model, tokenizer=small_tokenizer(), blocks=blocks, rows=rows)
     with pytest.raises(ValueError, match="at least 1"):
         cache_teacher(wrapped(), blocks, tmp_path, tokenizer=small_tokenizer(), k=0)
+
+
+def test_folder_with_other_files_is_refused(tmp_path):
+    """Regression: shards were written between the texts that they were made from."""
+    (tmp_path / "text.txt").write_text("text", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not empty and holds no teacher cache"):
+        build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_a_torn_shard_is_named(tmp_path):

@@ -163,6 +163,8 @@ class SelfDistillationTrainer(StageTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A full checkpoint for `from_pretrained`, or the LoRA in peft's form; and the arguments as JSON."""
+        if not self.args.should_save:
+            return  # with FSDP the Trainer calls this in every process, and only the first one has the weights
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         if self._lora is None:
@@ -210,6 +212,8 @@ class SelfDistillationTrainer(StageTrainer):
         if not (folder / ADAPTER_FILE).is_file():
             raise ValueError(f"{folder} holds no LoRA: was it trained without one? Set lora_rank to 0 then")
         weights = load_file(folder / ADAPTER_FILE)
+        if not weights:
+            raise ValueError(f"{folder / ADAPTER_FILE} is empty: go on from an earlier checkpoint, or start anew")
         if self.is_fsdp_enabled:
             # by the names in the model: peft's own loading does not know shards
             names = {key: key.removeprefix(_PEFT_PREFIX).removesuffix(".weight") for key in weights}

@@ -96,7 +96,10 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def tokenize(tokenizer: PreTrainedTokenizerBase, document: Document) -> tuple[list[int], list[bool] | None]:
     """`(ids, labelled)` of a document without leading tokens; `labelled` is None for plain text."""
     if document.messages is not None:
-        return chat_tokens(tokenizer, document.messages)
+        try:
+            return chat_tokens(tokenizer, document.messages)
+        except ValueError as error:
+            raise ValueError(f"{document.id}: {error}") from error
     return list(tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]), None
 
 

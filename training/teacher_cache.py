@@ -41,7 +41,8 @@ def label_rows(blocks: TokenBlocks, *, last: int = LABEL_ROWS) -> torch.Tensor:
     """Rows whose next token is a label: int64 `[N, R]`, ascending, padded with -1.
 
     Conversations: rows that predict an assistant's token. Plain text: the `last` rows of a block (the very last one,
-    which predicts nothing, left out), and the rows that predict a needle's answer.
+    which predicts nothing, left out), and the rows that predict a needle's answer; also where it stands among
+    conversations.
 
     Raises:
         ValueError: `last` below 1.
@@ -52,10 +53,11 @@ def label_rows(blocks: TokenBlocks, *, last: int = LABEL_ROWS) -> torch.Tensor:
     labelled = torch.zeros(count, length, dtype=torch.bool)
     if blocks.label_mask is not None:
         labelled[:, :-1] = blocks.label_mask[:, 1:]
-    else:
-        labelled[:, max(length - 1 - last, 0) : length - 1] = True
-        block, place = torch.nonzero(blocks.needle_rows >= 0, as_tuple=True)
-        labelled[block, blocks.needle_rows[block, place]] = True
+    # among conversations, too, there may be plain text
+    plain = ~labelled.any(1)
+    labelled[plain, max(length - 1 - last, 0) : length - 1] = True
+    block, place = torch.nonzero(blocks.needle_rows >= 0, as_tuple=True)
+    labelled[block, blocks.needle_rows[block, place]] = True
     rows = [torch.nonzero(mask)[:, 0] for mask in labelled]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
@@ -203,7 +205,7 @@ def cache_teacher(
         progress: show a bar.
 
     Raises:
-        ValueError: `k` or `shard_blocks` below 1, or a folder with another cache; names the field.
+        ValueError: `k` or `shard_blocks` below 1, a folder with another cache (names the field), or with other files.
     """
     rows = label_rows(blocks) if rows is None else rows
     if k < 1 or shard_blocks < 1:
@@ -221,6 +223,9 @@ def cache_teacher(
     if (target / INDEX_FILE).exists():
         _compare(target, _read_index(target), record, (*_IDENTITY, *_PRECISION))
     else:
+        # what other processes of this run write at the same time begins with a dot, or so
+        if target.exists() and any(not p.name.startswith((".", "teacher-", INDEX_FILE)) for p in target.iterdir()):
+            raise ValueError(f"{target} is not empty and holds no teacher cache: choose another folder")
         target.mkdir(parents=True, exist_ok=True)
         temporary = target / f".{INDEX_FILE}.{part[0]}.tmp"
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -48,55 +48,81 @@ class Document:
         return sum(len(str(message.get("content", ""))) for message in self.messages)
 
 
+def _digest(id: str, content: str) -> str:
+    try:
+        return hashlib.sha256(content.encode("utf-8")).hexdigest()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{id}: this text cannot be written as UTF-8 ({error}); repair or remove it") from error
+
+
 def _document(id: str, row: Any, source: str, text_field: str) -> Document:
     if isinstance(row, str):
-        return Document(id, row, hashlib.sha256(row.encode("utf-8")).hexdigest(), source)
+        return Document(id, row, _digest(id, row), source)
     if row.get("messages"):
-        messages = tuple(dict(message) for message in row["messages"])
-        for message in messages:
-            if not {"role", "content"} <= message.keys():
-                raise ValueError(f"{id}: a message needs 'role' and 'content', this one has {sorted(message)}")
-        content = json.dumps(messages, sort_keys=True, ensure_ascii=False).encode("utf-8")
-        return Document(id, "", hashlib.sha256(content).hexdigest(), source, messages)
-    if not isinstance(row.get(text_field), str):
+        return _conversation(id, row["messages"], source)
+    if text_field not in row:
         raise ValueError(
             f"{id}: there is no text field {text_field!r} and no 'messages'; the fields are {sorted(row)}. "
-            "Name the right one with text_field"
+            "Name the right one with text_field (of load_texts), or rename the field"
         )
-    return _document(id, row[text_field], source, text_field)
+    text = row[text_field]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{id}: the field {text_field!r} must be text, got {type(text).__name__}")
+    # a missing text, as tables have it, is an empty one
+    return _document(id, text or "", source, text_field)
+
+
+def _conversation(id: str, turns: Any, source: str) -> Document:
+    if not isinstance(turns, list | tuple) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{id}: 'messages' must be a list of turns with 'role' and 'content', got {turns!r:.80}")
+    messages = tuple(dict(message) for message in turns)
+    for message in messages:
+        if not {"role", "content"} <= message.keys():
+            raise ValueError(f"{id}: a message needs 'role' and 'content', this one has {sorted(message)}")
+    content = json.dumps(messages, sort_keys=True, ensure_ascii=False)
+    return Document(id, "", _digest(id, content), source, messages)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a text file, less the byte-order mark that some editors write."""
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            yield from stream
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _jsonl_rows(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict | str):
-                raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield row
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict | str):
+            raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+        yield row
 
 
 def _parquet_rows(path: Path, text_field: str) -> Iterator[Any]:
+    import pyarrow
     import pyarrow.parquet as parquet
 
-    file = parquet.ParquetFile(path)
-    columns = [name for name in (text_field, "messages") if name in file.schema_arrow.names]
-    if not columns:
-        raise ValueError(f"{path}: no column {text_field!r} or 'messages'; it has {file.schema_arrow.names}")
-    for batch in file.iter_batches(columns=columns):
-        yield from batch.to_pylist()
+    try:
+        file = parquet.ParquetFile(path)
+        columns = [name for name in (text_field, "messages") if name in file.schema_arrow.names]
+        if not columns:
+            raise ValueError(f"{path}: no column {text_field!r} or 'messages'; it has {file.schema_arrow.names}")
+        for batch in file.iter_batches(columns=columns):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _file_documents(path: Path, source: str, text_field: str) -> Iterator[Document]:
     if path.suffix in (".txt", ".md"):
-        try:
-            yield _document(str(path), path.read_text(encoding="utf-8"), source, text_field)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        yield _document(str(path), "".join(_lines(path)), source, text_field)
         return
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path, text_field)
     for index, row in enumerate(rows):
@@ -113,7 +139,10 @@ def _local_files(source: str) -> list[Path] | None:
             raise ValueError(f"{path}: files of kind {path.suffix!r} cannot be read; expected {', '.join(SUFFIXES)}")
         files = [path]
     elif glob.has_magic(source):
-        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).suffix in SUFFIXES]
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise ValueError(f"{source}: no file has such a name")
+        files = [p for p in found if p.suffix in SUFFIXES]
     elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: there is no such file or folder")
     else:
@@ -182,7 +211,7 @@ def load_texts(
         OSError: a Hub data set cannot be reached.
     """
     names = [str(source)] if isinstance(source, str | Path) else [str(name) for name in source]
-    if not names:
+    if not names or not all(name.strip() for name in names):
         raise ValueError("no data source was given; expected 'system', a path, or a Hub data set's name")
     streams = [iter(_one_source(name, split, text_field, seed)) for name in names]
     kept: list[Document] = []
@@ -246,6 +275,6 @@ def split_documents(
     if not rest or not kept:
         raise ValueError(
             f"held_out={held_out} of {len(documents)} documents leaves {len(rest)} and {len(kept)}; "
-            "both sides need at least one document"
+            "both sides need at least one document: give more of them, or another seed, which draws others"
         )
     return rest, kept

@@ -45,7 +45,10 @@ class RecordStore:
         first, *lines = whole.splitlines() or ["{}"]
         found = json.loads(first).get("settings", {})
         other = sorted(name for name in {**found, **settings} if found.get(name) != settings.get(name))
-        if other:
+        if other and not lines:
+            # a run that ended before its first result
+            self._path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+        elif other:
             raise ValueError(
                 f"{self._path} holds results of other settings ({', '.join(other)}): choose another --output, "
                 "or remove it"
