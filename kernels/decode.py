@@ -10,6 +10,7 @@ in 8 bits (`kv_quant.py`) is read as it is: a key's scale multiplies its score, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -144,6 +145,8 @@ def decode_attention_reference(
     return out
 
 
+# query rows that one launch takes
+MAX_QUERIES = 16
 # measured on an H100: CTAs a multiprocessor holds, keys of a tile for 128 dimensions, warps, pipeline stages of the two
 # passes (a list is one read more), registers of a thread (what is left holds the selection's CTAs, beside which local
 # heads run), empty units of an item
@@ -269,7 +272,19 @@ def decode_attention(
     }
     if not use_triton(backend, query):
         return decode_attention_reference(*tensors, **arguments)
-    return launch_attend(*tensors, **arguments, workspace=workspace)
+    for rows, behind in _row_groups(query.shape[2]):
+        # the kernel holds all rows of a KV group at once, and a list in the order of its own rows
+        part = None if selection is None else Selection(*(each[:, :, rows].contiguous() for each in selection))
+        own = {"out": out[:, rows], "length": length - behind if behind else length}
+        launch_attend(query[:, :, rows], *tensors[1:5], part, **(arguments | own), workspace=workspace)
+    return out
+
+
+def _row_groups(q_len: int) -> Iterator[tuple[slice, int]]:
+    """Query rows that one launch takes, and how many tokens come after the last of them."""
+    for first in range(0, q_len, MAX_QUERIES):
+        stop = min(first + MAX_QUERIES, q_len)
+        yield slice(first, stop), q_len - stop
 
 
 def launch_attend(
@@ -458,7 +473,8 @@ def decode_step(
     workspace: DecodeWorkspace | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """A layer's whole decode step: append, select, attend; four launches where the layer has retrieval heads.
+    """A layer's whole decode step: append, select, attend; four launches for a layer with retrieval heads, more from
+    `MAX_QUERIES` query rows on.
 
     The same as `append_step`, `select_top_p` and `decode_attention` one after the other, whose arguments these are;
     `index_query`, `index_key_new` are None for a layer without retrieval heads. Returns `out`.
@@ -517,7 +533,7 @@ def decode_step(
         "workspace": workspace,
     }
     selection = None
-    if retrieval_heads and top_p < 1.0 and use_triton(backend, query):
+    if retrieval_heads and top_p < 1.0 and query.shape[2] <= MAX_QUERIES and use_triton(backend, query):
         if index_query is None or index_key_new is None:
             raise ValueError("a layer with retrieval heads needs index_query and index_key_new, got None")
         check_append(key, value, index_key_new, full_key, index_key, window_key, full_slot, window_slot, index_scale)

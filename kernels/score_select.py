@@ -393,7 +393,7 @@ def select_top_p(
     """The top-p set of every query row of a decode step, without a host synchronisation.
 
     Args:
-        index_query: `[B, n, M, r]`, one head for each listed retrieval head; M <= 16, r from 4 to 64.
+        index_query: `[B, n, M, r]`, one head for each listed retrieval head; r from 4 to 64.
         index_key: `[B, I, C, r]`, slot-ordered, or int8 with `index_scale`.
         index_heads: for each of the n heads its row of `index_key`.
         length: int32 device tensor `[1]`: slots in use, this step's M tokens included; row m sits in slot
