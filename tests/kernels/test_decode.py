@@ -154,7 +154,7 @@ STEPS = {
     "plain": {"length": 111, "q_len": 1, "batch": 2, "padding": (30, 0)},
     "three rows": {"length": 64, "q_len": 3, "groups": 3},
     "over two tiles": {"length": 130, "q_len": 16, "shared_index": True},
-    "more rows than a launch takes": {"length": 130, "q_len": 37, "batch": 2, "padding": (30, 0), "kv_heads": 2},
+    "more rows than a launch takes": {"length": 70, "q_len": 18, "kv_heads": 2, "retrieval_heads": (1,)},
     "int8": {"length": 90, "q_len": 2, "int8": True},
     "no retrieval heads": {"length": 50, "retrieval_heads": ()},
     "first token": {"length": 1},
