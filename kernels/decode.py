@@ -224,11 +224,12 @@ def decode_attention(
     value_scale: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     backend: str = "auto",
+    new_tokens: NewTokens | None = None,
 ) -> torch.Tensor:
     """Attention of every query head of one layer for a decode step, without a host synchronisation.
 
-    Two launches: the shares of the work, and the merging of rows that were split. A barrier inside one launch was
-    measured to take longer (H100: 33.7 us against 32.2 us for a step at 32K tokens).
+    Two launches for each `MAX_QUERIES` rows: the shares of the work, and the merging of rows that were split. A barrier
+    inside one launch was measured to take longer (H100: 33.7 us against 32.2 us for a step at 32K tokens).
 
     Args:
         query: `[B, Hq, M, D]`, rotated; D 64, 80, 96, 128 or 256.
@@ -244,6 +245,8 @@ def decode_attention(
         softcap: of the scores, or None. sink_logits: `[Hq]`, learned logits in the denominator, or None.
         key_scale, value_scale: fp16 `[B, F, C]` when the full stores are int8 or fp8, else None.
         workspace, backend: as in `select_top_p`.
+        new_tokens: what the launch right before this call, `launch_select`, appends in at most `MAX_QUERIES` rows; it
+            may still run.
 
     Returns:
         `out`.
@@ -272,10 +275,12 @@ def decode_attention(
     }
     if not use_triton(backend, query):
         return decode_attention_reference(*tensors, **arguments)
+    if query.shape[2] <= MAX_QUERIES:
+        return launch_attend(*tensors, **arguments, workspace=workspace, new_tokens=new_tokens)
     for rows, behind in _row_groups(query.shape[2]):
         # the kernel holds all rows of a KV group at once, and a list in the order of its own rows
         part = None if selection is None else Selection(*(each[:, :, rows].contiguous() for each in selection))
-        own = {"out": out[:, rows], "length": length - behind if behind else length}
+        own = {"out": out[:, rows], "length": length - behind}
         launch_attend(query[:, :, rows], *tensors[1:5], part, **(arguments | own), workspace=workspace)
     return out
 
@@ -515,24 +520,7 @@ def decode_step(
             workspace=workspace,
             backend=backend,
         )
-    attention: dict[str, Any] = {
-        "retrieval_heads": retrieval_heads,
-        "full_slot": full_slot,
-        "window_slot": window_slot,
-        "length": length,
-        "start": start,
-        "window": window,
-        "num_sinks": num_sinks,
-        "block_size": block_size,
-        "scale": scale,
-        "out": out,
-        "softcap": softcap,
-        "sink_logits": sink_logits,
-        "key_scale": key_scale,
-        "value_scale": value_scale,
-        "workspace": workspace,
-    }
-    selection = None
+    selection = new_tokens = None
     if retrieval_heads and top_p < 1.0 and query.shape[2] <= MAX_QUERIES and use_triton(backend, query):
         if index_query is None or index_key_new is None:
             raise ValueError("a layer with retrieval heads needs index_query and index_key_new, got None")
@@ -566,44 +554,64 @@ def decode_step(
             workspace,
             new_tokens,
         )
-        return launch_attend(
-            query, full_key, full_value, window_key, window_value, selection, **attention, new_tokens=new_tokens
+    else:
+        append_step(
+            key,
+            value,
+            index_key_new,
+            full_key,
+            full_value,
+            index_key,
+            window_key,
+            window_value,
+            full_slot=full_slot,
+            window_slot=window_slot,
+            length=length,
+            start=start,
+            num_sinks=num_sinks,
+            index_scale=index_scale,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            backend=backend,
         )
-    append_step(
-        key,
-        value,
-        index_key_new,
+        if retrieval_heads:
+            selection = select_top_p(
+                index_query,
+                index_key,
+                index_heads=index_heads,
+                length=length,
+                start=start,
+                top_p=top_p,
+                min_tokens=min_tokens,
+                block_size=block_size,
+                index_scale=index_scale,
+                workspace=workspace,
+                backend=backend,
+            )
+    return decode_attention(
+        query,
         full_key,
         full_value,
-        index_key,
         window_key,
         window_value,
+        selection,
+        retrieval_heads=retrieval_heads,
         full_slot=full_slot,
         window_slot=window_slot,
         length=length,
         start=start,
+        window=window,
         num_sinks=num_sinks,
-        index_scale=index_scale,
+        block_size=block_size,
+        scale=scale,
+        out=out,
+        softcap=softcap,
+        sink_logits=sink_logits,
         key_scale=key_scale,
         value_scale=value_scale,
+        workspace=workspace,
         backend=backend,
-    )
-    if retrieval_heads:
-        selection = select_top_p(
-            index_query,
-            index_key,
-            index_heads=index_heads,
-            length=length,
-            start=start,
-            top_p=top_p,
-            min_tokens=min_tokens,
-            block_size=block_size,
-            index_scale=index_scale,
-            workspace=workspace,
-            backend=backend,
-        )
-    return decode_attention(
-        query, full_key, full_value, window_key, window_value, selection, **attention, backend=backend
+        new_tokens=new_tokens,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from .common import HAS_TRITON, tl, triton
 
 if HAS_TRITON:
+    from .launches import after_previous
 
     @triton.jit
     def _finish(
@@ -410,9 +411,8 @@ if HAS_TRITON:
         A CTA has four places for what it does not finish: in each pass one for an item that began before its share,
         and one for an item that begins in it.
         """
-        if PDL and PARTIAL and not EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        if PARTIAL and not EARLY:
+            after_previous(PDL)
         # what is read before a wait comes from L2: no cache nearer may still hold what it was
         length = tl.load(p_length, cache_modifier=".cg").to(tl.int32)
         p_retrieval = p_tables + 3 * num_local
@@ -511,9 +511,8 @@ if HAS_TRITON:
         m_listed = o_listed < batch * num_retrieval * q_len
         b_heads = tl.load(p_retrieval + b_entry, mask=m_listed, other=0)
         b_stores = tl.load(p_retrieval + num_retrieval + b_entry, mask=m_listed, other=0)
-        if PDL and PARTIAL and EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        if PARTIAL and EARLY:
+            after_previous(PDL)
 
         b_list_tokens, b_list_units = _listed_units(
             p_counts, batch * num_retrieval * q_len, LISTED_ITEMS, BLOCK, BLOCK_N, LEAD
@@ -586,9 +585,7 @@ if HAS_TRITON:
                 cta_first = _owner(item_first, num_shares, num_units)
                 cta_last = _owner(last_unit, num_shares, num_units)
                 # PARTIAL waits for what all of the above comes from before it lets this launch begin
-                if PDL:
-                    tl.extra.cuda.gdc_wait()
-                    tl.extra.cuda.gdc_launch_dependents()
+                after_previous(PDL)
                 if cta_last > cta_first:
                     o_slice = i_work % SLICES * SLICE + tl.arange(0, SLICE)
                     m_slice = o_slice < HEAD_DIM

@@ -35,6 +35,7 @@ def index_project_reference(
 
 
 if HAS_TRITON:
+    from .launches import after_previous
 
     @triton.jit
     def _index_project_kernel(
@@ -82,9 +83,7 @@ if HAS_TRITON:
             p_vector = p_key + i_batch * stride_kb + i_head * stride_kh + i_token * stride_km
             p_weight = p_key_weight + (i_row - num_queries) * INDEX_DIM * HEAD_DIM
             p_to = p_index_key + ((i_batch * num_keys + i_row - num_queries) * q_len + i_token) * INDEX_DIM
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        after_previous(PDL)
         b_vector = tl.load(p_vector + o_dim, mask=m_dim, other=0.0).to(tl.float32)
         m_weight = m_out[:, None] & m_dim[None, :]
         b_weight = tl.load(p_weight + o_out[:, None] * HEAD_DIM + o_dim[None, :], mask=m_weight, other=0.0)

@@ -13,6 +13,17 @@ from typing import Any
 
 import torch
 
+from .common import HAS_TRITON, tl, triton
+
+if HAS_TRITON:
+
+    @triton.jit
+    def after_previous(PDL: tl.constexpr):
+        """Wait for the end of the launch before this one, and let the one after it start up."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+
 
 @lru_cache(maxsize=64)
 def launch_options(device: torch.device) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def rms_norm_reference(hidden: torch.Tensor, weight: torch.Tensor, eps: float, *
 
 
 if HAS_TRITON:
+    from .launches import after_previous
 
     @triton.jit(do_not_specialize=["num_rows"])
     def _rms_norm_kernel(
@@ -52,9 +53,7 @@ if HAS_TRITON:
         o_dim = tl.arange(0, BLOCK_D)
         m_tile = (o_row < num_rows)[:, None] & (o_dim < DIM)[None, :]
         o_tile = o_row.to(tl.int64)[:, None] * DIM + o_dim[None, :]
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        after_previous(PDL)
         # [ROWS, BLOCK_D]
         b_x = tl.load(p_hidden + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_weight = tl.load(p_weight + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)

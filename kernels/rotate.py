@@ -23,6 +23,7 @@ def rotate_reference(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 
 
 if HAS_TRITON:
+    from .launches import after_previous
 
     @triton.jit
     def _turned(b_x, b_cos, b_half, b_sin, dtype: tl.constexpr):
@@ -77,9 +78,7 @@ if HAS_TRITON:
             p_from = p_key + i_batch * stride_kb + (i_head - num_heads) * stride_kh + o_token * stride_km
             p_to = p_key_out + i_batch * stride_zb + (i_head - num_heads) * stride_zh + o_token * stride_zm
         o_angle = i_batch * stride_cb + o_token * stride_cm + o_half[None, :]
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        after_previous(PDL)
         # [TOKENS, BLOCK_H]
         b_first = tl.load(p_from + o_half[None, :], mask=m_tile, other=0.0)
         b_second = tl.load(p_from + HALF + o_half[None, :], mask=m_tile, other=0.0)

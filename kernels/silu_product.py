@@ -23,14 +23,14 @@ def silu_product_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor
 
 
 if HAS_TRITON:
+    from .launches import after_previous
+
     # specialised by the divisibility of `size`: else the mask would forbid wide loads
     @triton.jit
     def _silu_product_kernel(p_gate, p_up, p_out, size, TILE: tl.constexpr, PDL: tl.constexpr):
         o_tile = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         m_tile = o_tile < size
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        after_previous(PDL)
         # [TILE]
         b_gate = tl.load(p_gate + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_up = tl.load(p_up + o_tile, mask=m_tile, other=0.0).to(tl.float32)

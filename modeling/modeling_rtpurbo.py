@@ -338,30 +338,24 @@ class RTPurboForCausalLM(CheckpointMixin, RTPurboPreTrainedModel, GenerationMixi
         """Logits `[B, drafts + 1, V]` of drafts on a cache, which decode however many they are; a longer turn of a chat
         that comes before them attends as it would without them."""
         past, tokens = cache.get_seq_length(), input_ids if inputs_embeds is None else inputs_embeds
-        cut = tokens.shape[1] - drafts if tokens.shape[1] > drafts + 1 else 0
-        before: torch.Tensor | None = None
-        if cut:
-            first = self.attend(
-                None if input_ids is None else input_ids[:, :cut],
-                attention_mask=None if attention_mask is None else attention_mask[:, : past + cut],
-                position_ids=None if position_ids is None else position_ids[..., :cut],
+        length = tokens.shape[1]
+        cut = length - drafts if length > drafts + 1 else 0
+
+        def attend(first: int, last: int, logits_to_keep: int) -> CausalLMOutputWithPast:
+            return self.attend(
+                None if input_ids is None else input_ids[:, first:last],
+                attention_mask=None if attention_mask is None else attention_mask[:, : past + last],
+                position_ids=None if position_ids is None else position_ids[..., first:last],
                 cache=cache,
-                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, :cut],
-                logits_to_keep=1,
+                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, first:last],
+                logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-            before = first.logits
+
+        before = attend(0, cut, 1).logits if cut else None
         cache.in_drafts = True
         try:
-            out = self.attend(
-                None if input_ids is None else input_ids[:, cut:],
-                attention_mask=attention_mask,
-                position_ids=None if position_ids is None else position_ids[..., cut:],
-                cache=cache,
-                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, cut:],
-                logits_to_keep=0,
-                **kwargs,
-            )
+            out = attend(cut, length, 0)
         finally:
             cache.in_drafts = False
         if before is not None and out.logits is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +27,9 @@ from .cli_options import (
     dtype_named,
     text_of,
 )
+
+if TYPE_CHECKING:
+    from .benchmarks.harness import Row
 
 app = typer.Typer(
     name="rtpurbo",
@@ -464,6 +468,13 @@ def info(
         typer.echo(f"{name + ':':26}{value}")
 
 
+def _print_checked(rows: Sequence[Row], text: str) -> None:
+    """Print a benchmark's table; ValueError where a check of it is red."""
+    typer.echo(text)
+    if any(row.extra.get("check") != "ok" for row in rows):
+        raise ValueError("some results are wrong: see the rows whose check is red")
+
+
 @bench.command("kernels", epilog="Example: rtpurbo bench kernels --preset paper --output results/")
 def bench_kernels(
     output: Output = Path("build/bench"),
@@ -478,9 +489,7 @@ def bench_kernels(
 
     device_named("cuda")
     rows = run_kernel_benchmarks(preset, output, only=only, name=name, sweep=sweep)
-    typer.echo(table(rows, extra=SWEEP_COLUMNS if sweep else COLUMNS))
-    if any(row.extra.get("check") != "ok" for row in rows):
-        raise ValueError("some results are wrong: see the rows whose check is red")
+    _print_checked(rows, table(rows, extra=SWEEP_COLUMNS if sweep else COLUMNS))
 
 
 @bench.command("training", epilog="Example: rtpurbo bench training --preset paper --output results/")
@@ -495,9 +504,7 @@ def bench_training(
 
     device_named("cuda")
     rows = run_training_benchmarks(preset, output, only=only, name=name)
-    typer.echo(summary(rows))
-    if any(row.extra["check"] != "ok" for row in rows):
-        raise ValueError("some results are wrong: see the rows whose check is red")
+    _print_checked(rows, summary(rows))
 
 
 @bench.command("model", epilog="Example: rtpurbo bench model --preset paper --shape qwen3-8b --output results/")
@@ -526,9 +533,7 @@ def bench_model(
         preset, output, shape=shape, lengths=tokens, batches=batches, layers=layers, only=parts,
         compile_seconds=compile_seconds, name=name,
     )  # fmt: skip
-    typer.echo(table(rows, extra=COLUMNS))
-    if any(row.extra.get("check") != "ok" for row in rows):
-        raise ValueError("some results are wrong: see the rows whose check is red")
+    _print_checked(rows, table(rows, extra=COLUMNS))
 
 
 cli_hub.register(app)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
+from ..limits import check_limits
 from ..training.data import Document, pack_documents
 from .prompts import Example
 from .questions import QARecord
@@ -93,9 +95,7 @@ class Plan:
                 raise ValueError(f"no {what} {', '.join(unknown) or 'was given'}; there are {', '.join(known)}")
         if not self.lengths or min(self.lengths) < 64:
             raise ValueError(f"lengths must be at least 64 tokens each, got {list(self.lengths)}")
-        for name in ("samples", "blocks", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_limits(self, samples=(1, inf), blocks=(1, inf), batch_tokens=(1, inf))
         if self.rows < 2:
             raise ValueError(f"rows must be at least 2, one to score and its next token, got {self.rows}")
 
