@@ -180,6 +180,16 @@ if HAS_TRITON:
             tl.store(p_to + o_dim, b_value.to(p_window_value.dtype.element_ty), mask=m_real)
 
     @triton.jit
+    def quantize_index_row(b_index, SCALE_TYPE: tl.constexpr):
+        """An index key rounded to whole numbers within +-127 (fp32), and its scale."""
+        b_index = b_index.to(tl.float32)
+        scale = (tl.max(tl.abs(b_index), 0) / 127.0).to(SCALE_TYPE)
+        b_index = b_index / tl.maximum(scale.to(tl.float32), 1.1754943508222875e-38)
+        # round half to even, as torch does, by the fp32 mantissa
+        b_index = (b_index + 12582912.0) - 12582912.0
+        return tl.minimum(tl.maximum(b_index, -127.0), 127.0), scale
+
+    @triton.jit
     def append_index(
         p_index_new,
         p_index_key,
@@ -196,13 +206,8 @@ if HAS_TRITON:
         m_r = o_r < INDEX_DIM
         b_index = tl.load(p_index_new + o_r, mask=m_r, other=0.0)
         if INT8:
-            b_index = b_index.to(tl.float32)
-            scale = (tl.max(tl.abs(b_index), 0) / 127.0).to(p_index_scale.dtype.element_ty)
+            b_index, scale = quantize_index_row(b_index, p_index_scale.dtype.element_ty)
             tl.store(p_index_scale + slot * stride_sn, scale)
-            b_index = b_index / tl.maximum(scale.to(tl.float32), 1.1754943508222875e-38)
-            # round half to even, as torch does, by the fp32 mantissa
-            b_index = (b_index + 12582912.0) - 12582912.0
-            b_index = tl.minimum(tl.maximum(b_index, -127.0), 127.0)
         tl.store(p_index_key + slot * stride_in + o_r, b_index.to(p_index_key.dtype.element_ty), mask=m_r)
 
     @triton.jit

@@ -407,7 +407,7 @@ def launch_attend(
         "LISTED_ITEMS": next_power_of_2(max(listed, 2)),
         "NUM_HEADS": num_heads,
         "LEAD": _ATTEND_CONFIG["lead"],
-        "MERGE": 128 if on_gpu else 4,
+        "MERGE": 256 if on_gpu else 4,
         "SLICE": min(32, block_d),
         "EARLY": early,
         "HAS_START": start is not None,

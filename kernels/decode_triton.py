@@ -220,7 +220,11 @@ if HAS_TRITON:
                 b_pos = b_block * BLOCK + o_token % BLOCK
                 b_slot = b_pos + begin
             b_slot = b_slot.to(tl.int64)
-            m_token = m_token & (b_pos < stored)
+            # a list of single tokens holds none that its row does not see: positions are then no part of the mask,
+            # which would take them through shared memory to where the scores are
+            CHECKED: tl.constexpr = LOCAL or BLOCK > 1
+            if CHECKED:
+                m_token = m_token & (b_pos < stored)
             m_load = m_token[:, None] & m_dim[None, :]
             # [BLOCK_N, BLOCK_D]
             b_key = tl.load(p_key + b_slot[:, None] * stride_kn + o_dim[None, :], mask=m_load, other=0.0)
@@ -230,8 +234,10 @@ if HAS_TRITON:
             if QUANTISED:
                 b_key_scale = tl.load(p_key_scale + b_slot, mask=m_token, other=0.0).to(tl.float32)
                 b_value_scale = tl.load(p_value_scale + b_slot, mask=m_token, other=0.0).to(tl.float32)
-            b_distance = b_q_pos[:, None] - b_pos[None, :]
-            m_seen = (b_distance >= 0) & m_token[None, :]
+            m_seen = m_token[None, :]
+            if CHECKED:
+                b_distance = b_q_pos[:, None] - b_pos[None, :]
+                m_seen = (b_distance >= 0) & m_seen
             if LOCAL:
                 m_seen = m_seen & ((b_distance < window) | (b_pos < num_sinks)[None, :])
             b_max, b_sum, b_out = _absorb(

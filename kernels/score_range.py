@@ -51,6 +51,20 @@ def count_constraints(elements: int) -> str:
 
 
 if HAS_TRITON:
+    from .append import quantize_index_row
+
+    @triton.jit
+    def _new_score(p_query, p_new, p_key, p_scale, HEAD: tl.constexpr, PADDED: tl.constexpr, INT8: tl.constexpr):
+        """The score of a token whose index key is not in the store yet, rounded as the store would."""
+        o_dim = tl.arange(0, PADDED)
+        b_query = tl.load(p_query + o_dim, mask=o_dim < HEAD, other=0.0)
+        b_new = tl.load(p_new + o_dim, mask=o_dim < HEAD, other=0.0)
+        if INT8:
+            b_new, scale = quantize_index_row(b_new, p_scale.dtype.element_ty)
+            b_new *= scale.to(tl.float32)
+        else:
+            b_new = b_new.to(p_key.dtype.element_ty).to(tl.float32)
+        return tl.sum(b_query.to(tl.float32) * b_new, 0)
 
     @triton.jit
     def _query_matrix(p_query, HEAD: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr):
@@ -70,11 +84,14 @@ if HAS_TRITON:
         p_histogram,
         p_sums,
         p_peak,
+        p_new,
+        num_new,
         num_seen,
         first,
         last,
         stride_kn,
         stride_sn,
+        stride_xn,
         HEAD: tl.constexpr,
         PADDED: tl.constexpr,
         ROWS: tl.constexpr,
@@ -90,6 +107,7 @@ if HAS_TRITON:
         COUNTING: tl.constexpr,
         CONSTRAINTS: tl.constexpr,
         ELEMENTS: tl.constexpr,
+        APPEND: tl.constexpr,
     ):
         """Score tiles `first..last` of one query row; leave their codes, tile maxima and one histogram behind.
 
@@ -98,6 +116,8 @@ if HAS_TRITON:
         from the largest seen (`peak`) down. It is added to the row's, where a step has its own place, and its
         running sums are kept: they tell how much of the list precedes each CTA. A code is the distance to the
         tile's maximum.
+
+        With APPEND the last `num_new` of the keys come from `p_new`: the store may not hold them yet.
         """
         TILE: tl.constexpr = ROWS * LANES
         UNITS: tl.constexpr = TILE // BLOCK
@@ -165,6 +185,11 @@ if HAS_TRITON:
                 if SPLIT_QUERY:
                     b_score = tl.dot(b_key, b_low, b_score, input_precision="ieee")
             b_score *= factor
+            if APPEND:
+                if left - num_new < TILE:
+                    for i_new in tl.range(0, num_new):
+                        new_score = _new_score(p_query, p_new + i_new * stride_xn, p_key, p_scale, HEAD, PADDED, INT8)
+                        b_score = tl.where(o_token == left - num_new + i_new, new_score * LOG2E, b_score)
             if BLOCK == 1:
                 b_value = b_score * STEPS
                 m_unit = o_token < left

@@ -18,7 +18,7 @@ from .kv_quant import kv_limit
 from .launches import launch_options
 from .score_range import count_assembly, count_constraints
 from .selection import Selection, select_top_p_reference
-from .workspace import HISTOGRAM_BINS, HISTOGRAM_SPAN, DecodeWorkspace, head_table, num_processors
+from .workspace import HISTOGRAM_BINS, HISTOGRAM_SPAN, MIN_TILE_KEYS, DecodeWorkspace, head_table, num_processors
 
 
 class NewTokens(NamedTuple):
@@ -143,8 +143,8 @@ if HAS_TRITON:
         """Two phases, a launch each. SCORE: CTA (query row, split) scores its share of the keys. COMPACT: it
         lists the selected units of that share, once the whole row is scored.
 
-        With APPEND the step's tokens are written by SCORE: K and V by further CTAs, and the index keys by every CTA
-        that will read them.
+        With APPEND the step's tokens are written by SCORE: K and V by further CTAs, and the index keys by the CTAs that
+        score them, which do not read them back.
         """
         i_row = tl.program_id(0) // num_splits
         i_split = tl.program_id(0) % num_splits
@@ -252,7 +252,6 @@ if HAS_TRITON:
                         PADDED,
                         INT8,
                     )
-                tl.debug_barrier()
             score_range(
                 p_query + i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + i_query * stride_qm,
                 p_key + i_batch * stride_kb + i_key * stride_kh + tl.cast(begin, tl.int64) * stride_kn,
@@ -262,11 +261,14 @@ if HAS_TRITON:
                 p_histogram,
                 p_sums + i_split * BINS,
                 p_peak + i_split,
+                p_new_index + i_batch * stride_xb + i_key * stride_xh,
+                i_query + 1,
                 num_seen,
                 first,
                 last,
                 stride_kn,
                 stride_sn,
+                stride_xn,
                 HEAD,
                 PADDED,
                 ROWS,
@@ -282,6 +284,7 @@ if HAS_TRITON:
                 COUNTING,
                 CONSTRAINTS,
                 ELEMENTS,
+                APPEND,
             )
         if COMPACT:
             # the last block may be short: count it as such, so that the floor holds whichever blocks are taken
@@ -341,21 +344,23 @@ if HAS_TRITON:
             tl.store(p_counts + i_row, num_units)
 
 
-# measured on an H100: CTAs a multiprocessor holds, keys of a tile for one dimension, warps, pipeline stages with 16-bit
-# and with 8-bit keys, registers of a thread
+# measured on an H100: CTAs a multiprocessor holds, numbers in a tile of keys, keys that one row of a product scores,
+# warps (fewer where a tile has too few rows for them), with 16-bit and with 8-bit keys pipeline stages and registers of
+# a thread, and its registers where the warps are fewer
 _SCORE_CONFIG = {
     "ctas": 2,
-    "tile_keys": 1024,
-    "warps": 4,
+    "tile_numbers": 16384,
+    "lanes": 8,
+    "warps": 8,
     "stages": (2, 3),
-    "registers": 128,
+    "registers": (80, 96),
+    "registers_of_few": 128,
     "writers": 8,
     "assembly": True,
 }
 # of COMPACT, up to a number of units that a CTA lists: units listed at a time, warps, registers of a thread. With few
 # registers it may spill a little, but its CTAs find room beside SCORE's, and those of the attention beside both
 _COMPACT_CONFIG = ((1024, (1024, 4, 80)), (4096, (1024, 4, 88)), (1 << 31, (4096, 8, 88)))
-_LANES = 16
 _STEPS = 8
 
 
@@ -474,9 +479,13 @@ def launch_select(
         index_query = index_query.contiguous()
     on_gpu = index_query.is_cuda
     padded = max(next_power_of_2(head), 4)
-    tile_rows = max(_SCORE_CONFIG["tile_keys"] // padded, 1) if on_gpu else 8
-    tile_rows = max(tile_rows, ceil_div(block_size, _LANES), 64 // _LANES)
-    tile = tile_rows * _LANES
+    lanes = _SCORE_CONFIG["lanes"]
+    tile_rows = max(_SCORE_CONFIG["tile_numbers"] // (padded * lanes) if on_gpu else 1, MIN_TILE_KEYS // lanes)
+    tile = tile_rows * lanes
+    score_warps = min(_SCORE_CONFIG["warps"], max(tile_rows // 16, 4))
+    score_registers = _SCORE_CONFIG["registers"][index_scale is not None]
+    if score_warps < _SCORE_CONFIG["warps"]:
+        score_registers = _SCORE_CONFIG["registers_of_few"]
     slots = _SCORE_CONFIG["ctas"] * num_processors(device)
     writers = 0
     if new_tokens is not None:
@@ -503,15 +512,11 @@ def launch_select(
     list_units, list_warps, list_registers = next(c for most, c in _COMPACT_CONFIG if blocks // splits <= most)
     if not on_gpu:
         list_units = 64
-    threads = 32 * _SCORE_CONFIG["warps"]
+    threads = 32 * score_warps
     elements = max(tile // threads, 1)
     # counting by hand needs each score in one thread only: the layout of a dot with 16 rows a warp has that
     assembly = (
-        _SCORE_CONFIG["assembly"]
-        and on_gpu
-        and block_size == 1
-        and elements <= 16
-        and tile_rows >= 16 * _SCORE_CONFIG["warps"]
+        _SCORE_CONFIG["assembly"] and on_gpu and block_size == 1 and elements <= 16 and tile_rows >= 16 * score_warps
     )
     scale = index_key if index_scale is None else index_scale
     # without an append the rest of the arguments is never read
@@ -583,7 +588,7 @@ def launch_select(
         "HEAD": head,
         "PADDED": padded,
         "ROWS": tile_rows,
-        "LANES": _LANES,
+        "LANES": lanes,
         "BLOCK": block_size,
         "BINS": HISTOGRAM_BINS,
         "SPAN": HISTOGRAM_SPAN,
@@ -606,7 +611,7 @@ def launch_select(
         "KV_LIMIT": 0.0 if key_scale is None else kv_limit(full_key),
     }
     phases = (
-        ("SCORE", rows * splits + writers, _SCORE_CONFIG["warps"], _SCORE_CONFIG["registers"]),
+        ("SCORE", rows * splits + writers, score_warps, score_registers),
         ("COMPACT", rows * splits, list_warps, list_registers),
     )
     for phase, ctas, warps, registers in phases:
