@@ -185,11 +185,10 @@ if HAS_TRITON:
                 if SPLIT_QUERY:
                     b_score = tl.dot(b_key, b_low, b_score, input_precision="ieee")
             b_score *= factor
-            if APPEND:
-                if left - num_new < TILE:
-                    for i_new in tl.range(0, num_new):
-                        new_score = _new_score(p_query, p_new + i_new * stride_xn, p_key, p_scale, HEAD, PADDED, INT8)
-                        b_score = tl.where(o_token == left - num_new + i_new, new_score * LOG2E, b_score)
+            if APPEND and left - num_new < TILE:
+                for i_new in tl.range(0, num_new):
+                    new_score = _new_score(p_query, p_new + i_new * stride_xn, p_key, p_scale, HEAD, PADDED, INT8)
+                    b_score = tl.where(o_token == left - num_new + i_new, new_score * LOG2E, b_score)
             if BLOCK == 1:
                 b_value = b_score * STEPS
                 m_unit = o_token < left
