@@ -354,7 +354,7 @@ _SCORE_CONFIG = {
     "warps": 8,
     "stages": (2, 3),
     "registers": (80, 96),
-    "registers_of_few": 128,
+    "registers_of_few": 96,
     "writers": 8,
     "assembly": True,
 }
