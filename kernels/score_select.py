@@ -345,16 +345,15 @@ if HAS_TRITON:
 
 
 # measured on an H100: CTAs a multiprocessor holds, numbers in a tile of keys, keys that one row of a product scores,
-# warps (fewer where a tile has too few rows for them), with 16-bit and with 8-bit keys pipeline stages and registers of
-# a thread, and its registers where the warps are fewer
+# warps (fewer where a tile has too few rows for them), pipeline stages with 16-bit and with 8-bit keys, registers of a
+# thread
 _SCORE_CONFIG = {
     "ctas": 2,
     "tile_numbers": 16384,
     "lanes": 8,
     "warps": 8,
     "stages": (2, 3),
-    "registers": (80, 96),
-    "registers_of_few": 96,
+    "registers": 96,
     "writers": 8,
     "assembly": True,
 }
@@ -483,9 +482,6 @@ def launch_select(
     tile_rows = max(_SCORE_CONFIG["tile_numbers"] // (padded * lanes) if on_gpu else 1, MIN_TILE_KEYS // lanes)
     tile = tile_rows * lanes
     score_warps = min(_SCORE_CONFIG["warps"], max(tile_rows // 16, 4))
-    score_registers = _SCORE_CONFIG["registers"][index_scale is not None]
-    if score_warps < _SCORE_CONFIG["warps"]:
-        score_registers = _SCORE_CONFIG["registers_of_few"]
     slots = _SCORE_CONFIG["ctas"] * num_processors(device)
     writers = 0
     if new_tokens is not None:
@@ -611,7 +607,7 @@ def launch_select(
         "KV_LIMIT": 0.0 if key_scale is None else kv_limit(full_key),
     }
     phases = (
-        ("SCORE", rows * splits + writers, score_warps, score_registers),
+        ("SCORE", rows * splits + writers, score_warps, _SCORE_CONFIG["registers"]),
         ("COMPACT", rows * splits, list_warps, list_registers),
     )
     for phase, ctas, warps, registers in phases:
