@@ -126,6 +126,7 @@ results-smollm2-8k: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) adapt $(SMOLLM2) --head-rule even $(SMOLLM2_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k
 	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated streaming,oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage1
 	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage2
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse --lengths 8192 --blocks 32 --samples 96 $(TEXTS) --output $(RESULTS)/smollm2-8k-samples
 	$(RTPURBO) eval results/adapters/smollm2-135m-8k-even --base smollm2-135m --suite ppl,passkey --variants dense,sparse,sparse:kv=int8,sparse:kv=fp8 --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k-kv8
 
 results-heads: $(TOOL) | $(RESULTS)/texts
