@@ -134,7 +134,8 @@ def adapt(
         if stage2.refresh_steps:
             moved = {key: value.clone() for key, value in student.indexer_state_dict().items()}
             with clock("refresh the index"):
-                again = dataclasses.replace(settings, steps=stage2.refresh_steps)
+                rate = stage2.refresh_learning_rate or settings.learning_rate
+                again = dataclasses.replace(settings, steps=stage2.refresh_steps, learning_rate=rate)
                 refresher = _stage1(output / "refresh", student, blocks, again, seed, report_to)
                 further["refresh"] = refresher.evaluate()
                 save_refreshed(student, output, tokenizer=source.tokenizer)

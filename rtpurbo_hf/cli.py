@@ -83,6 +83,7 @@ RefreshSteps = Annotated[
     int | None,
     typer.Option(help="Steps that train the indexers once more, after stage 2.", show_default="0"),
 ]
+RefreshRate = Annotated[float | None, typer.Option(help="Learning rate of these steps.", show_default="stage 1's")]
 LoraRank = Annotated[int, typer.Option(help="Stage 2 trains a LoRA of this rank; 0: all weights.")]
 LabelRows = Annotated[int, typer.Option(help="Stage 2 learns from so many last rows of a block of plain text.")]
 Blocks = Annotated[int, typer.Option(min=1, help="Blocks in the distillation set.")]
@@ -147,6 +148,7 @@ def adapt(
     ] = None,
     checkpointing: Checkpointing = None,
     refresh_steps: RefreshSteps = None,
+    refresh_learning_rate: RefreshRate = None,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -176,6 +178,7 @@ def adapt(
         schedule=None if stage2_schedule is None else stage2_schedule.value,
         gradient_checkpointing=checkpointing,
         refresh_steps=refresh_steps,
+        refresh_learning_rate=refresh_learning_rate,
     )
     settings = named(
         preset,
@@ -352,6 +355,7 @@ def distill(
     label_rows: LabelRows = 300,
     checkpointing: Checkpointing = None,
     refresh_steps: RefreshSteps = None,
+    refresh_learning_rate: RefreshRate = None,
     needle_share: NeedleShare = 1 / 3,
     data: Data = None,
     seed: Seed = 0,
@@ -376,6 +380,7 @@ def distill(
             schedule=Stage2.schedule if schedule is None else schedule.value,
             gradient_checkpointing=checkpointing,
             refresh_steps=refresh_steps or 0,
+            refresh_learning_rate=refresh_learning_rate,
         ),
         data=data or "system",
         context=context,

@@ -20,6 +20,7 @@ from .training.checkpoints import last_checkpoint
 from .training.data import NeedleMixer, TokenBlocks, load_texts, pack_documents
 from .training.distillation import SelfDistillationTrainer
 from .training.distillation_arguments import SelfDistillationArguments
+from .training.indexer_arguments import IndexerTrainingArguments
 from .training.stage_trainer import leave_process_group
 from .training.teacher_cache import LABEL_ROWS, TOP_K, TeacherCache, cache_teacher, label_rows
 
@@ -45,6 +46,7 @@ class Stage2:
         gradient_checkpointing: take activations again in the backward instead of keeping them, which costs about half
             of the speed; None: where `activation_bytes` is more than a third of a GPU's free memory, and on CPUs.
         refresh_steps: steps that train the indexers once more afterwards, on the model as stage 2 left it; 0: none.
+        refresh_learning_rate: of these steps; None: stage 1's.
 
     Raises:
         ValueError: no such schedule, or a number out of its range.
@@ -58,6 +60,7 @@ class Stage2:
     schedule: str = "constant"
     gradient_checkpointing: bool | None = None
     refresh_steps: int = 0
+    refresh_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -65,6 +68,7 @@ class Stage2:
         check_limits(self, steps=(1, inf), accumulation=(1, inf), lora_rank=(0, inf), label_rows=(1, inf))
         check_limits(self, refresh_steps=(0, inf))
         check_rate("learning_rate of stage 2", self.learning_rate)
+        check_rate("refresh_learning_rate", self.refresh_learning_rate)
 
     @property
     def rate(self) -> float:
@@ -294,8 +298,15 @@ def distill(
     model = trained_model(trainer, dtype=dtype, lora=lora)
     if first:
         if settings.refresh_steps:
-            folder = Path(output) / "refresh" / "trainer"
-            train_indexers(model, chosen, folder, steps=settings.refresh_steps, seed=seed, report_to=report_to)
+            train_indexers(
+                model,
+                chosen,
+                Path(output) / "refresh" / "trainer",
+                steps=settings.refresh_steps,
+                learning_rate=settings.refresh_learning_rate or IndexerTrainingArguments.learning_rate,
+                seed=seed,
+                report_to=report_to,
+            )
             save_refreshed(model, output, tokenizer=tokenizer)
         save_distilled(model, target, tokenizer=tokenizer)
     leave_process_group()

@@ -148,6 +148,7 @@ STAGE2 = ("--label-rows", "30", "--accumulation", "2", "--device", "cpu")
 BOTH = (
     *ADAPT, "--stages", "1,2", "--stage2-steps", "3", "--stage2-learning-rate", "1e-3", "--stage2-context", "600",
     "--stage2-blocks", "6", "--stage2-schedule", "cosine", "--lora-rank", "4", *STAGE2, "--refresh-steps", "3",
+    "--refresh-learning-rate", "2e-3",
 )  # fmt: skip
 
 
@@ -183,6 +184,8 @@ def test_indexers_are_refreshed_on_what_stage_2_made(both):
     assert report["after_stage2"]["kl"] != report["rtpurbo"]["kl"]
     assert report["dense"]["perplexity"] != report["after_stage2"]["perplexity"]
     assert report["refresh"]["eval_kl"] > 0
+    state = json.loads(next((both / "refresh" / "trainer").glob("checkpoint-*/trainer_state.json")).read_text())
+    assert max(entry.get("learning_rate", 0) for entry in state["log_history"]) == 2e-3
     old, new = (load_file(both / name / "rtpurbo_indexer.safetensors") for name in ("adapter", "refreshed"))
     assert set(old) == set(new)
     assert not any(torch.equal(old[key], new[key]) for key in old)
@@ -288,6 +291,7 @@ def test_cache_teacher_then_distill(adapted, workplace):
         (("adapt", "base", "-o", "x", "--stages", "2"), "--stages must be 1 or 1,2, got '2'"),
         (("adapt", "base", "-o", "x", "--refresh-steps", "2"), "--refresh-steps come after stage 2"),
         (("adapt", "base", "-o", "x", "--stages", "1,2", "--refresh-steps", "-1"), "refresh_steps must be at least 0"),
+        (("adapt", "base", "-o", "x", "--refresh-learning-rate", "0"), "refresh_learning_rate must be a positive"),
         (("distill", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
         (("cache-teacher", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
         (("adapt", "base", "-o", "x", "--steps", "-1"), "steps must be at least 1, got -1"),
