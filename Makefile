@@ -126,6 +126,7 @@ results-smollm2-8k: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) adapt $(SMOLLM2) --head-rule even $(SMOLLM2_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k
 	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated streaming,oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage1
 	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage2
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse --lengths 8192 --blocks 32 --samples 96 $(TEXTS) --output $(RESULTS)/smollm2-8k-samples
 	$(RTPURBO) eval results/adapters/smollm2-135m-8k-even --base smollm2-135m --suite ppl,passkey --variants dense,sparse,sparse:kv=int8,sparse:kv=fp8 --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k-kv8
 
 results-heads: $(TOOL) | $(RESULTS)/texts
@@ -145,6 +146,9 @@ results-gemma3-32k: $(TOOL) | $(RESULTS)/long-texts
 	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_LONG) $(GEMMA3_INDEX) $(GEMMA3_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k
 	$(RTPURBO) eval $(RESULTS)/gemma3-32k/adapter $(TOGETHER) --variants sparse,sparse:p=0.88,sparse_prefill --emulated sparse:p=0.95,sparse:p=0.85,sparse:floor=256,oracle $(GEMMA3_EVAL) --output $(RESULTS)/gemma3-32k-stage1
 	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model $(TOGETHER) --variants sparse,sparse:p=0.88,sparse_prefill --emulated sparse:p=0.95,sparse:p=0.85,sparse:floor=256,oracle $(GEMMA3_EVAL) --output $(RESULTS)/gemma3-32k-stage2
+	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_LONG) $(GEMMA3_INDEX) $(GEMMA3_STAGE2) --refresh-steps 500 --stage2-learning-rate 3e-4 --lora-rank 8 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k-refresh
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model --suite passkey --variants sparse $(GEMMA3_EVAL) --device cpu --dtype float32 --output $(RESULTS)/gemma3-32k-questions
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k-refresh/model --suite passkey --variants sparse $(GEMMA3_EVAL) --device cpu --dtype float32 --output $(RESULTS)/gemma3-32k-refresh-questions
 
 # stage 1 with other sizes of the index, and with an index key for each KV head
 results-gemma3-index: $(TOOL) | $(RESULTS)/long-texts

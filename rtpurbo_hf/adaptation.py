@@ -16,17 +16,16 @@ import torch
 from .auto import RTPurboForCausalLM
 from .benchmarks.harness import environment
 from .clean_process import CleanProcess
-from .distill import Stage2, own_device, save_distilled, train_stage2
+from .distill import Stage2, own_device, save_distilled, save_refreshed, train_stage2, trained_model
 from .evaluation.fidelity import Scored, compare_variants
+from .indexing import train_indexers
 from .presets import Preset
 from .recipe_data import AdaptationData, adaptation_data, part_of
 from .report import write_report
 from .runs import claim
 from .sources import BaseModel, load_base
 from .training.calibration import Calibration, calibrate
-from .training.checkpoints import last_checkpoint
 from .training.data import EVALUATION_KEYS, NeedleMixer
-from .training.indexer_arguments import IndexerTrainingArguments
 from .training.indexer_init import initialise_indexers
 from .training.indexer_trainer import IndexerTrainer
 from .training.needles import NeedleBlock
@@ -82,8 +81,9 @@ def adapt(
 
     Args:
         base: a Hub id, folder, GGUF file or short name, see `load_base`; or a loaded base.
-        output: folder for `adapter/`, `report/` and `trainer/`, with stage 2 for `stage2/` and `model/` (full weights);
-            an interrupted run goes on from its last checkpoint.
+        output: folder for `adapter/`, `report/` and `trainer/`, with stage 2 for `stage2/` and `model/` (full weights),
+            with refreshed indexers for `refresh/` and `refreshed/`; an interrupted run goes on from its last
+            checkpoint.
         settings: see `Preset`.
         data: text to calibrate, train and evaluate on, see `load_texts`.
         seed: of data order, needles, initialisation and sampling.
@@ -129,9 +129,18 @@ def adapt(
                 student, blocks.distillation, output / "stage2", tokenizer=source.tokenizer, settings=stage2,
                 seed=seed, report_to=report_to,
             )  # fmt: skip
-        with clock("save and reload stage 2"), CleanProcess() as clean:
             lora = output / "lora" if stage2.lora_rank else None
-            student = save_distilled(distiller, checkpoint, tokenizer=source.tokenizer, dtype=dtype, lora=lora)
+            student = trained_model(distiller, dtype=dtype, lora=lora)
+        if stage2.refresh_steps:
+            moved = {key: value.clone() for key, value in student.indexer_state_dict().items()}
+            with clock("refresh the index"):
+                rate = stage2.refresh_learning_rate or settings.learning_rate
+                again = dataclasses.replace(settings, steps=stage2.refresh_steps, learning_rate=rate)
+                refresher = _stage1(output / "refresh", student, blocks, again, seed, report_to)
+                further["refresh"] = refresher.evaluate()
+                save_refreshed(student, output, tokenizer=source.tokenizer)
+        with clock("save and reload stage 2"), CleanProcess() as clean:
+            save_distilled(student, checkpoint, tokenizer=source.tokenizer)
             clean.check(checkpoint, student, prompt)
             model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
         adapted.to(device)
@@ -140,6 +149,8 @@ def adapt(
             "after_stage1": Scored(adapted, "sparse"),
             "rtpurbo": Scored(model, "sparse"),
         }
+        if stage2.refresh_steps:
+            variants["after_stage2"] = Scored(model, "sparse", moved)
         losses = [{"step": e["step"], "loss": e["loss"]} for e in distiller.state.log_history if "loss" in e]
         further["stage2"] = {"settings": dataclasses.asdict(stage2), "losses": losses}
     with clock("evaluate"):
@@ -267,25 +278,18 @@ def _initialise(model, heads: list[list[int]], blocks: AdaptationData, settings:
 
 
 def _stage1(output: Path, model, blocks: AdaptationData, settings: Preset, seed: int, report_to) -> IndexerTrainer:
-    arguments = IndexerTrainingArguments(
-        output_dir=str(output / "trainer"),
-        max_steps=settings.steps,
+    return train_indexers(
+        model,
+        blocks.train,
+        output / "trainer",
+        steps=settings.steps,
+        held_out=part_of(blocks.held_out, 0, 2),
+        seed=seed,
+        report_to=report_to,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         rows_per_document=settings.rows_per_document,
-        per_device_train_batch_size=1,
-        logging_steps=max(settings.steps // 40, 1),
-        save_steps=max(settings.steps // 4, 1),
-        save_total_limit=1,
-        seed=seed,
-        report_to=report_to,
-        use_cpu=model.device.type == "cpu",
     )
-    held_out = part_of(blocks.held_out, 0, 2)
-    trainer = IndexerTrainer(model=model, args=arguments, train_dataset=blocks.train, eval_dataset=held_out)
-    done = last_checkpoint(output / "trainer")
-    trainer.train(resume_from_checkpoint=None if done is None else str(done))
-    return trainer
 
 
 def _measured_kv_bytes(model: RTPurboForCausalLM, ids: torch.Tensor) -> tuple[int, int]:

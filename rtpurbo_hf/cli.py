@@ -79,6 +79,11 @@ Checkpointing = Annotated[
     ),
 ]
 Accumulation = Annotated[int, typer.Option(help="Stage-2 blocks of a step, on each GPU.")]
+RefreshSteps = Annotated[
+    int | None,
+    typer.Option(help="Steps that train the indexers once more, after stage 2.", show_default="0"),
+]
+RefreshRate = Annotated[float | None, typer.Option(help="Learning rate of these steps.", show_default="stage 1's")]
 LoraRank = Annotated[int, typer.Option(help="Stage 2 trains a LoRA of this rank; 0: all weights.")]
 LabelRows = Annotated[int, typer.Option(help="Stage 2 learns from so many last rows of a block of plain text.")]
 Blocks = Annotated[int, typer.Option(min=1, help="Blocks in the distillation set.")]
@@ -142,6 +147,8 @@ def adapt(
         int | None, typer.Option(help="Stage 2 learns from so many last rows of a block of plain text.")
     ] = None,
     checkpointing: Checkpointing = None,
+    refresh_steps: RefreshSteps = None,
+    refresh_learning_rate: RefreshRate = None,
     data: Data = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -159,6 +166,8 @@ def adapt(
 
     if stages not in ("1", "1,2"):
         raise ValueError(f"--stages must be 1 or 1,2, got {stages!r}")
+    if refresh_steps and stages == "1":
+        raise ValueError("--refresh-steps come after stage 2: give --stages 1,2 as well, or more --steps")
     stage2 = stage2_preset(
         preset,
         steps=stage2_steps,
@@ -168,6 +177,8 @@ def adapt(
         label_rows=label_rows,
         schedule=None if stage2_schedule is None else stage2_schedule.value,
         gradient_checkpointing=checkpointing,
+        refresh_steps=refresh_steps,
+        refresh_learning_rate=refresh_learning_rate,
     )
     settings = named(
         preset,
@@ -343,6 +354,8 @@ def distill(
     lora_rank: LoraRank = 0,
     label_rows: LabelRows = 300,
     checkpointing: Checkpointing = None,
+    refresh_steps: RefreshSteps = None,
+    refresh_learning_rate: RefreshRate = None,
     needle_share: NeedleShare = 1 / 3,
     data: Data = None,
     seed: Seed = 0,
@@ -366,6 +379,8 @@ def distill(
             label_rows=label_rows,
             schedule=Stage2.schedule if schedule is None else schedule.value,
             gradient_checkpointing=checkpointing,
+            refresh_steps=refresh_steps or 0,
+            refresh_learning_rate=refresh_learning_rate,
         ),
         data=data or "system",
         context=context,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from .auto import RTPurboForCausalLM
+from .indexing import train_indexers
 from .limits import check_limits, check_rate
 from .modeling.families_rtpurbo import family_of
 from .runs import claim
@@ -19,6 +20,7 @@ from .training.checkpoints import last_checkpoint
 from .training.data import NeedleMixer, TokenBlocks, load_texts, pack_documents
 from .training.distillation import SelfDistillationTrainer
 from .training.distillation_arguments import SelfDistillationArguments
+from .training.indexer_arguments import IndexerTrainingArguments
 from .training.stage_trainer import leave_process_group
 from .training.teacher_cache import LABEL_ROWS, TOP_K, TeacherCache, cache_teacher, label_rows
 
@@ -43,6 +45,8 @@ class Stage2:
         schedule: of the learning rate after its warm-up: `"constant"` (the paper's) or `"cosine"` (down to 0).
         gradient_checkpointing: take activations again in the backward instead of keeping them, which costs about half
             of the speed; None: where `activation_bytes` is more than a third of a GPU's free memory, and on CPUs.
+        refresh_steps: steps that train the indexers once more afterwards, on the model as stage 2 left it; 0: none.
+        refresh_learning_rate: of these steps; None: stage 1's.
 
     Raises:
         ValueError: no such schedule, or a number out of its range.
@@ -55,12 +59,16 @@ class Stage2:
     label_rows: int = LABEL_ROWS
     schedule: str = "constant"
     gradient_checkpointing: bool | None = None
+    refresh_steps: int = 0
+    refresh_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         check_limits(self, steps=(1, inf), accumulation=(1, inf), lora_rank=(0, inf), label_rows=(1, inf))
+        check_limits(self, refresh_steps=(0, inf))
         check_rate("learning_rate of stage 2", self.learning_rate)
+        check_rate("refresh_learning_rate", self.refresh_learning_rate)
 
     @property
     def rate(self) -> float:
@@ -188,23 +196,16 @@ def train_stage2(
     return trainer
 
 
-def save_distilled(
-    trainer: SelfDistillationTrainer,
-    folder: str | Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    lora: str | Path | None = None,
+def trained_model(
+    trainer: SelfDistillationTrainer, *, dtype: torch.dtype, lora: str | Path | None = None
 ) -> RTPurboForCausalLM:
-    """Save what stage 2 made: all weights in `dtype` (a LoRA merged), and on request the LoRA alone in `lora`.
+    """The model that stage 2 made, a LoRA merged into it; on request the LoRA alone is saved in `lora`.
 
     Every process calls it; the first one writes.
 
     Returns:
         The model, its backbone in `dtype` and in eval mode; in other processes than the first it may be sharded.
     """
-    target = Path(folder)
-    temporary = target.with_name(f".{target.name}.tmp")
     whole = trainer.whole_weights()
     if not trainer.is_world_process_zero():
         return trainer.model
@@ -215,12 +216,25 @@ def save_distilled(
         for name, parameter in model.named_parameters():
             if ".indexer." not in name:
                 parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def save_distilled(model: RTPurboForCausalLM, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save all weights, in place of what `folder` held; it appears whole or not at all."""
+    target = Path(folder)
+    temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     cast(Any, model).save_pretrained(temporary, adapter_only=False)
     tokenizer.save_pretrained(str(temporary))
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
-    return model
+
+
+def save_refreshed(model: RTPurboForCausalLM, output: str | Path, *, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save refreshed indexers as an adapter, `refreshed/`: with a LoRA from stage 2, these two are the whole model."""
+    folder = Path(output) / "refreshed"
+    model.save_pretrained(folder, adapter_only=True)
+    tokenizer.save_pretrained(str(folder))
 
 
 def distill(
@@ -242,8 +256,8 @@ def distill(
 
     Args:
         checkpoint: folder or Hub id.
-        output: folder for `model/` (full weights), `lora/` where there is one, `teacher/` and `trainer/`; an
-            interrupted run goes on from its last checkpoint.
+        output: folder for `model/` (full weights), `lora/` where there is one, `teacher/` and `trainer/`, with
+            refreshed indexers `refresh/` and `refreshed/`; an interrupted run goes on from its last checkpoint.
         settings: see `Stage2`.
         data, context, blocks, needle_share, seed: the distillation set, see `distillation_blocks`.
         teacher: a folder that `rtpurbo cache-teacher` filled with the same data; None: cached first.
@@ -255,25 +269,45 @@ def distill(
         The folder of the full checkpoint.
 
     Raises:
-        ValueError: no retrieval heads, too little text, a teacher of something else, or `output` holds a finished run.
+        ValueError: no retrieval heads, too little text, a teacher of something else, `output` holds a finished run, or
+            indexers to be refreshed in several processes.
     """
     from transformers import AutoTokenizer
 
     target = Path(output) / "model"
     if target.exists():
         raise ValueError(f"{target} exists: choose another --output, or remove it")
+    if settings.refresh_steps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "--refresh-steps runs in one process: leave it out under torchrun, and train the indexers of the saved "
+            "model with IndexerTrainer, which takes several"
+        )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = RTPurboForCausalLM.from_pretrained(checkpoint, dtype=settings.training_dtype(dtype))
     model = model.to(own_device(device))
     chosen = distillation_blocks(data, tokenizer, context=context, limit=blocks, needle_share=needle_share, seed=seed)
     record = {"checkpoint": str(checkpoint), "settings": dataclasses.asdict(settings), "context": context}
     record |= {"blocks": blocks, "needle_share": needle_share, "seed": seed, "data": str(data), "device": device}
-    if int(os.environ.get("RANK", "0")) == 0:
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
         claim(Path(output), record)
     trainer = train_stage2(
         model, chosen, output, tokenizer=tokenizer, settings=settings, teacher=teacher, seed=seed, report_to=report_to
     )
     lora = Path(output) / "lora" if settings.lora_rank else None
-    save_distilled(trainer, target, tokenizer=tokenizer, dtype=dtype, lora=lora)
+    model = trained_model(trainer, dtype=dtype, lora=lora)
+    if first:
+        if settings.refresh_steps:
+            train_indexers(
+                model,
+                chosen,
+                Path(output) / "refresh" / "trainer",
+                steps=settings.refresh_steps,
+                learning_rate=settings.refresh_learning_rate or IndexerTrainingArguments.learning_rate,
+                seed=seed,
+                report_to=report_to,
+            )
+            save_refreshed(model, output, tokenizer=tokenizer)
+        save_distilled(model, target, tokenizer=tokenizer)
     leave_process_group()
     return target

@@ -14,7 +14,7 @@ from families import tiny_base
 from safetensors.torch import load_file
 from small_tokenizer import small_tokenizer
 
-from rtpurbo_hf import adaptation
+from rtpurbo_hf import RTPurboForCausalLM, adaptation
 from rtpurbo_hf.cli import main
 from rtpurbo_hf.training.checkpoints import last_checkpoint
 from rtpurbo_hf.training.distillation import SelfDistillationTrainer
@@ -147,7 +147,8 @@ STAGE2 = ("--label-rows", "30", "--accumulation", "2", "--device", "cpu")
 
 BOTH = (
     *ADAPT, "--stages", "1,2", "--stage2-steps", "3", "--stage2-learning-rate", "1e-3", "--stage2-context", "600",
-    "--stage2-blocks", "6", "--stage2-schedule", "cosine", "--lora-rank", "4", *STAGE2,
+    "--stage2-blocks", "6", "--stage2-schedule", "cosine", "--lora-rank", "4", *STAGE2, "--refresh-steps", "3",
+    "--refresh-learning-rate", "2e-3",
 )  # fmt: skip
 
 
@@ -172,6 +173,27 @@ def test_adapt_with_both_stages(adapted, both, workplace):
     assert (both / "lora" / "adapter_model.safetensors").exists()
     teacher = json.loads((both / "stage2" / "teacher" / "index.json").read_text())
     assert teacher["shards"][0]["rows"] >= 6 * 30
+
+
+def test_indexers_are_refreshed_on_what_stage_2_made(both):
+    """The backbone is stage 2's, the indexers are new ones; `refreshed/` and `lora/` together are the model."""
+    from peft import PeftModel
+
+    report = json.loads((both / "report" / "report.json").read_text())
+    assert "| index refreshed |" in (both / "report" / "report.md").read_text()
+    assert report["after_stage2"]["kl"] != report["rtpurbo"]["kl"]
+    assert report["dense"]["perplexity"] != report["after_stage2"]["perplexity"]
+    assert report["refresh"]["eval_kl"] > 0
+    state = json.loads(next((both / "refresh" / "trainer").glob("checkpoint-*/trainer_state.json")).read_text())
+    assert max(entry.get("learning_rate", 0) for entry in state["log_history"]) == 2e-3
+    old, new = (load_file(both / name / "rtpurbo_indexer.safetensors") for name in ("adapter", "refreshed"))
+    assert set(old) == set(new)
+    assert not any(torch.equal(old[key], new[key]) for key in old)
+    model = RTPurboForCausalLM.from_pretrained(both / "model", dtype=torch.float32)
+    parts = RTPurboForCausalLM.from_pretrained(both / "refreshed", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(parts, both / "lora").merge_and_unload()
+    for (name, expected), found in zip(model.state_dict().items(), merged.state_dict().values(), strict=True):
+        assert torch.allclose(found, expected, atol=1e-6), name
 
 
 class NotStarted:
@@ -211,7 +233,12 @@ def test_ctrl_c_in_either_stage_and_the_same_command_ends_bit_equal(workplace, m
     monkeypatch.setattr(adaptation, "CleanProcess", NotStarted)
     assert command(monkeypatch, *BOTH, "--output", "whole") == 0
     whole, broken = workplace / "whole", workplace / "broken"
-    for trainer, step, saved in ((IndexerTrainer, 2, "trainer"), (SelfDistillationTrainer, 1, "stage2/trainer")):
+    stages = (
+        (IndexerTrainer, 2, "trainer"),
+        (SelfDistillationTrainer, 1, "stage2/trainer"),
+        (IndexerTrainer, 1, "refresh/trainer"),
+    )
+    for trainer, step, saved in stages:
         caplog.clear()
         with monkeypatch.context() as patch:
             patch.setattr(StageTrainer, "training_step", interrupting(trainer, step, StageTrainer.training_step))
@@ -220,12 +247,13 @@ def test_ctrl_c_in_either_stage_and_the_same_command_ends_bit_equal(workplace, m
         assert last_checkpoint(broken / saved).name == f"checkpoint-{step + 1}"
         assert not (broken / "report").exists()
     assert command(monkeypatch, *BOTH, "--output", "broken") == 0
-    for name in ("adapter/rtpurbo_indexer.safetensors", "lora/adapter_model.safetensors", "model/model.safetensors"):
+    indexers = ("adapter/rtpurbo_indexer.safetensors", "refreshed/rtpurbo_indexer.safetensors")
+    for name in (*indexers, "lora/adapter_model.safetensors", "model/model.safetensors"):
         expected, found = load_file(whole / name), load_file(broken / name)
         assert set(found) == set(expected)
         assert all(torch.equal(found[key], value) for key, value in expected.items()), name
     reports = [json.loads((folder / "report" / "report.json").read_text()) for folder in (whole, broken)]
-    for entry in ("before_stage1", "after_stage1", "rtpurbo", "stage2"):
+    for entry in ("before_stage1", "after_stage1", "after_stage2", "rtpurbo", "stage2"):
         assert reports[1][entry] == reports[0][entry]
     assert reports[1]["stage1"]["eval_kl"] == reports[0]["stage1"]["eval_kl"]
 
@@ -233,8 +261,12 @@ def test_ctrl_c_in_either_stage_and_the_same_command_ends_bit_equal(workplace, m
 def test_cache_teacher_then_distill(adapted, workplace):
     data = ("--data", "texts", "--context", "640", "--blocks", "4", "--label-rows", "30", "--device", "cpu")
     assert "4 blocks" in rtpurbo(workplace, "cache-teacher", "out/adapter", *data, "--output", "teacher").stdout
-    options = (*data, "--teacher", "teacher", "--accumulation", "2", "--lora-rank", "2")
+    options = (*data, "--teacher", "teacher", "--accumulation", "2", "--lora-rank", "2", "--refresh-steps", "2")
     rtpurbo(workplace, "distill", "out/adapter", *options, "--steps", "2", "--output", "distilled")
+    old, new = (
+        load_file(workplace / name / "rtpurbo_indexer.safetensors") for name in ("out/adapter", "distilled/refreshed")
+    )
+    assert not any(torch.equal(old[key], new[key]) for key in old)
     assert (workplace / "distilled" / "model" / "model.safetensors").exists()
     assert (workplace / "distilled" / "lora" / "adapter_model.safetensors").exists()
     again = rtpurbo(workplace, "distill", "out/adapter", *options, "--output", "distilled", code=1)
@@ -257,6 +289,9 @@ def test_cache_teacher_then_distill(adapted, workplace):
         (("generate", "base"), "exactly one of --prompt and --prompt-file"),
         (("train-indexer", "base", "--heads", "no.json", "-o", "x"), "no.json"),
         (("adapt", "base", "-o", "x", "--stages", "2"), "--stages must be 1 or 1,2, got '2'"),
+        (("adapt", "base", "-o", "x", "--refresh-steps", "2"), "--refresh-steps come after stage 2"),
+        (("adapt", "base", "-o", "x", "--stages", "1,2", "--refresh-steps", "-1"), "refresh_steps must be at least 0"),
+        (("adapt", "base", "-o", "x", "--refresh-learning-rate", "0"), "refresh_learning_rate must be a positive"),
         (("distill", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
         (("cache-teacher", "nothing-here", "-o", "x"), "neither a folder nor a Hub id"),
         (("adapt", "base", "-o", "x", "--steps", "-1"), "steps must be at least 1, got -1"),
