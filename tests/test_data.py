@@ -214,6 +214,15 @@ def test_split_is_by_document_and_stable():
     assert [d.id for d in split_documents(list(reversed(docs)), held_out=7)[1]] == [d.id for d in reversed(exact)]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_tenth_of_a_few_documents_is_at_least_one(seed):
+    docs = documents(6, words=3)
+    rest, held = split_documents(docs, held_out=0.1, seed=seed)
+    assert rest
+    assert held
+    assert split_documents(docs[::-1], held_out=0.1, seed=seed)[1] == held[::-1]
+
+
 @pytest.mark.parametrize("held_out", [0, 0.0, -1, 40, 1.0])
 def test_split_that_leaves_a_side_empty_is_refused(held_out):
     docs = documents(40, words=3) if held_out != 1.0 else documents(1, words=3)

@@ -251,7 +251,7 @@ def split_documents(
     """Split by document into `(rest, held out)`.
 
     A document's side depends on its content and the seed only, so that adding documents does not move the others
-    when `held_out` is a fraction.
+    when `held_out` is a fraction. Of a few documents a fraction may choose none: then it is the one drawn first.
 
     Args:
         documents: documents with different contents.
@@ -268,6 +268,8 @@ def split_documents(
 
     if isinstance(held_out, float) and held_out < 1:
         chosen = {d.sha256 for d in documents if draw(d) < held_out}
+        if not chosen and held_out > 0 and len(documents) > 1:
+            chosen = {min(documents, key=draw).sha256}
     else:
         chosen = {d.sha256 for d in sorted(documents, key=draw)[: max(int(held_out), 0)]}
     rest = [d for d in documents if d.sha256 not in chosen]
