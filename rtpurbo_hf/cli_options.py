@@ -22,7 +22,9 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        "--data", help="Text: a file, folder, Hub data set, or 'system'; may be repeated.", show_default="system"
+        "--data",
+        help="Text: a file, folder, Hub data set, or 'system'; SOURCE@FIELD names the text's field. May be repeated.",
+        show_default="system",
     ),
 ]
 Seed = Annotated[

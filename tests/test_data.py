@@ -86,6 +86,8 @@ def test_glob_single_file_and_lists(folder):
 def test_other_text_field(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"content": "hello"}\n')
     assert load_texts(tmp_path / "x.jsonl", text_field="content")[0].text == "hello"
+    assert load_texts(f"{tmp_path}/x.jsonl@content")[0].text == "hello"
+    assert load_texts(f"{tmp_path}/*.jsonl@content")[0].text == "hello"
     with pytest.raises(ValueError, match=r"no text field 'text'.*\['content'\]"):
         load_texts(tmp_path / "x.jsonl")
     write_parquet(tmp_path / "y.parquet", {"content": ["x"]})
@@ -103,7 +105,7 @@ def test_hub_data_set_is_streamed(monkeypatch):
 
         def rows():
             for index in range(10**9):
-                yield {"text": f"document {index}", "extra": index}
+                yield {"text": f"document {index}", "body": f"body {index}", "extra": index}
 
         return datasets.IterableDataset.from_generator(rows)
 
@@ -112,6 +114,8 @@ def test_hub_data_set_is_streamed(monkeypatch):
     assert asked == [("owner/name", "part", "validation", True)]
     assert len({d.text for d in found}) == 5
     assert found[0].id == "owner/name:part#0"
+    assert load_texts("owner/name:part@body", limit=1)[0].text.startswith("body ")
+    assert asked[1] == ("owner/name", "part", "train", True)
 
 
 @pytest.mark.parametrize(

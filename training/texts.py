@@ -63,7 +63,7 @@ def _document(id: str, row: Any, source: str, text_field: str) -> Document:
     if text_field not in row:
         raise ValueError(
             f"{id}: there is no text field {text_field!r} and no 'messages'; the fields are {sorted(row)}. "
-            "Name the right one with text_field (of load_texts), or rename the field"
+            "Name the right one behind the data source, as in rows.jsonl@content or owner/name@content"
         )
     text = row[text_field]
     if text is not None and not isinstance(text, str):
@@ -113,7 +113,10 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[Any]:
         file = parquet.ParquetFile(path)
         columns = [name for name in (text_field, "messages") if name in file.schema_arrow.names]
         if not columns:
-            raise ValueError(f"{path}: no column {text_field!r} or 'messages'; it has {file.schema_arrow.names}")
+            raise ValueError(
+                f"{path}: no column {text_field!r} or 'messages'; it has {file.schema_arrow.names}. Name the right one "
+                f"behind the data source, as in {path.name}@content"
+            )
         for batch in file.iter_batches(columns=columns):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -161,7 +164,16 @@ def _hub_documents(source: str, split: str | None, text_field: str, seed: int) -
         yield _document(f"{source}#{index}", row, source, text_field)
 
 
+def _named_field(source: str, text_field: str) -> tuple[str, str]:
+    """The source and its text field, which it may name itself: `rows.jsonl@content`."""
+    name, _, field = source.rpartition("@")
+    if name and field.isidentifier() and not Path(source).expanduser().exists():
+        return name, field
+    return source, text_field
+
+
 def _one_source(source: str, split: str | None, text_field: str, seed: int) -> Iterable[Document]:
+    source, text_field = _named_field(source, text_field)
     if source == "system":
         documents = [_document(id, text, source, text_field) for id, text in system_texts()]
     else:
@@ -170,7 +182,7 @@ def _one_source(source: str, split: str | None, text_field: str, seed: int) -> I
             if "/" not in source:
                 raise ValueError(
                     f"data source {source!r} is neither 'system', nor a local file, folder or glob, nor a Hub name "
-                    "('owner/name' or 'owner/name:config')"
+                    "('owner/name' or 'owner/name:config'; '@FIELD' behind it names the text)"
                 )
             return _hub_documents(source, split, text_field, seed)
         if split is not None:
@@ -195,9 +207,10 @@ def load_texts(
     Args:
         source: `"system"` (long texts on this machine), a `.txt`, `.md`, `.jsonl` or `.parquet` file, a folder or
             glob of such files, a Hub data set (`"HuggingFaceFW/fineweb"`, `"owner/name:config"`; streamed), or a
-            list of these, which are taken in turn. A row with `"messages"` is a conversation.
+            list of these, which are taken in turn. A row with `"messages"` is a conversation. `"rows.jsonl@content"`
+            names the text's field for this source.
         split: split of a Hub data set, `"train"` unless told.
-        text_field: name of the text in `.jsonl`, `.parquet` and Hub rows.
+        text_field: name of the text in `.jsonl`, `.parquet` and Hub rows of sources that name none.
         min_chars: shorter documents are left out.
         max_chars: longer documents are left out; None keeps them.
         seed: the order; local sources are shuffled whole, a stream through a buffer of 1,000 rows.
