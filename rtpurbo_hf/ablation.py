@@ -23,6 +23,7 @@ from .evaluation.run import DESCRIBED, Outcome, held_out_documents
 from .evaluation.scoring import Arm
 from .evaluation.suites import Evaluation, Plan
 from .evaluation.variants import Variant, parse_variant
+from .indexing import train_indexers
 from .presets import Preset
 from .recipe_data import AdaptationData, adaptation_data
 from .sources import BaseModel, load_base
@@ -30,9 +31,7 @@ from .training.activation_cache import ActivationCache
 from .training.calibration import Calibration, calibrate
 from .training.data import documents_hash
 from .training.head_ranking import RULES
-from .training.indexer_arguments import IndexerTrainingArguments
 from .training.indexer_init import initialise_indexers
-from .training.indexer_trainer import IndexerTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -134,23 +133,19 @@ class _Trainer:
         initialise_indexers(model, documents, method=settings.initialisation, seed=self._seed)
         # stored rows belong to heads, and say which index key serves which
         heads = f"{model.config.retrieval_heads}:{settings.index_key_sharing}"
-        arguments = IndexerTrainingArguments(
-            output_dir=str(self._output / "trainer"),
-            max_steps=settings.steps,
+        trainer = train_indexers(
+            model,
+            self._caches.get(heads, self._blocks.train),
+            self._output / "trainer",
+            steps=settings.steps,
+            seed=self._seed,
             learning_rate=settings.learning_rate,
             warmup_steps=settings.warmup_steps,
             rows_per_document=settings.rows_per_document,
-            per_device_train_batch_size=1,
             cache_activations=True,
             save_strategy="no",
             logging_steps=max(settings.steps, 1),
-            seed=self._seed,
-            report_to="none",
-            use_cpu=model.device.type == "cpu",
         )
-        data = self._caches.get(heads, self._blocks.train)
-        trainer = IndexerTrainer(model=model, args=arguments, train_dataset=data)
-        trainer.train()
         if isinstance(trainer.train_dataset, ActivationCache):
             # one set of activations in memory at a time
             self._caches = {heads: trainer.train_dataset}

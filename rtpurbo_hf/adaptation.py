@@ -16,9 +16,9 @@ import torch
 from .auto import RTPurboForCausalLM
 from .benchmarks.harness import environment
 from .clean_process import CleanProcess
-from .distill import Stage2, own_device, save_distilled, save_refreshed, train_stage2, trained_model
+from .distill import REFRESHED, Stage2, own_device, save_distilled, train_stage2, trained_model
 from .evaluation.fidelity import Scored, compare_variants
-from .indexing import train_indexers
+from .indexing import save_indexers, train_indexers
 from .presets import Preset
 from .recipe_data import AdaptationData, adaptation_data, part_of
 from .report import write_report
@@ -138,7 +138,7 @@ def adapt(
                 again = dataclasses.replace(settings, steps=stage2.refresh_steps, learning_rate=rate)
                 refresher = _stage1(output / "refresh", student, blocks, again, seed, report_to)
                 further["refresh"] = refresher.evaluate()
-                save_refreshed(student, output, tokenizer=source.tokenizer)
+                save_indexers(student, output / REFRESHED, tokenizer=source.tokenizer)
         with clock("save and reload stage 2"), CleanProcess() as clean:
             save_distilled(student, checkpoint, tokenizer=source.tokenizer)
             clean.check(checkpoint, student, prompt)
@@ -252,9 +252,7 @@ def train_adapter(
 
 def _save(output: Path, model: RTPurboForCausalLM, source: BaseModel, calibration: Calibration | None) -> Path:
     adapter = output / ADAPTER
-    model.eval()
-    model.save_pretrained(adapter, adapter_only=True)
-    source.tokenizer.save_pretrained(adapter)
+    save_indexers(model, adapter, tokenizer=source.tokenizer)
     if calibration is not None:
         calibration.save(adapter / CALIBRATION_FILE)
     return adapter

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from .auto import RTPurboForCausalLM
-from .indexing import train_indexers
+from .indexing import save_indexers, train_indexers
 from .limits import check_limits, check_rate
 from .modeling.families_rtpurbo import family_of
 from .runs import claim
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 
 # names of transformers
+# folder of refreshed indexers, an adapter: with a LoRA from stage 2, these two are the whole model
+REFRESHED = "refreshed"
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
 
 
@@ -230,13 +232,6 @@ def save_distilled(model: RTPurboForCausalLM, folder: str | Path, *, tokenizer: 
     temporary.replace(target)
 
 
-def save_refreshed(model: RTPurboForCausalLM, output: str | Path, *, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save refreshed indexers as an adapter, `refreshed/`: with a LoRA from stage 2, these two are the whole model."""
-    folder = Path(output) / "refreshed"
-    model.save_pretrained(folder, adapter_only=True)
-    tokenizer.save_pretrained(str(folder))
-
-
 def distill(
     checkpoint: str | Path,
     output: str | Path,
@@ -307,7 +302,7 @@ def distill(
                 seed=seed,
                 report_to=report_to,
             )
-            save_refreshed(model, output, tokenizer=tokenizer)
+            save_indexers(model, Path(output) / REFRESHED, tokenizer=tokenizer)
         save_distilled(model, target, tokenizer=tokenizer)
     leave_process_group()
     return target

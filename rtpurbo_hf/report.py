@@ -53,11 +53,11 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _stages(report: dict[str, Any]) -> list[str]:
     """RTPurbo's figures along the way, against the original dense model."""
-    refreshed = "after_stage2" in report
     steps = {"before_stage1": "before stage 1", "after_stage1": "after stage 1"}
-    steps |= (
-        {"after_stage2": "after stage 2", "rtpurbo": "index refreshed"} if refreshed else {"rtpurbo": "after stage 2"}
-    )
+    if "after_stage2" in report:
+        steps |= {"after_stage2": "after stage 2", "rtpurbo": "index refreshed"}
+    else:
+        steps["rtpurbo"] = "after stage 2"
     lines = [f"| RTPurbo | {' | '.join(steps.values())} |", "|---" * (len(steps) + 1) + "|"]
     share = ("selected_fraction", "Tokens selected by retrieval heads", "{:.1%}")
     for key, title, form in (*_ROWS, share, ("kept_mass", "True attention mass kept", "{:.1%}")):

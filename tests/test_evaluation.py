@@ -528,7 +528,7 @@ def test_ablation_trains_scores_and_resumes(checkpoint, tmp_path, monkeypatch):
     tokens = {row.variant: row.value for row in found.rows if row.task == "text/active_tokens"}
     assert tokens["p=0.8"] < tokens["p=0.9"] == tokens["default"] < tokens["p=0.99"]
     assert all(row.delta is not None for row in found.rows if row.task == "kl" and row.variant != "dense")
-    monkeypatch.setattr("rtpurbo_hf.ablation.IndexerTrainer", None)
+    monkeypatch.setattr("rtpurbo_hf.ablation.train_indexers", None)
     assert ablate(str(tmp_path / "base"), tmp_path / "out", plan, **given).rows == found.rows
 
 
