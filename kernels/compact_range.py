@@ -17,15 +17,15 @@ if HAS_TRITON:
         return ((b_word * 0x01010101) >> 24).to(tl.int32)
 
     @triton.jit
-    def _codes(p_codes, p_tile_max, i_unit, stop, UNITS: tl.constexpr, WORDS: tl.constexpr):
-        """Codes `[WORDS, 32]` from `i_unit` on, 255 past the end, and the maxima of their tiles."""
+    def _codes(p_codes, p_tile_max, i_unit, first, stop, UNITS: tl.constexpr, STEP: tl.constexpr, WORDS: tl.constexpr):
+        """Codes `[WORDS, 32]` from `i_unit` on, 255 past the end, and the maxima of their tiles, STEP places apart."""
         o_first = i_unit + tl.arange(0, WORDS) * 32
         o_each = o_first[:, None] + tl.arange(0, 32)[None, :]
         b_code = tl.load(p_codes + o_each, mask=o_each < stop, other=255)
         if UNITS >= 32:
-            b_top = tl.load(p_tile_max + o_first // UNITS, mask=o_first < stop, other=-65536)[:, None]
+            b_top = tl.load(p_tile_max + (o_first - first) // UNITS * STEP, mask=o_first < stop, other=-65536)[:, None]
         else:
-            b_top = tl.load(p_tile_max + o_each // UNITS, mask=o_each < stop, other=-65536)
+            b_top = tl.load(p_tile_max + (o_each - first) // UNITS * STEP, mask=o_each < stop, other=-65536)
         return b_code, b_top
 
     @triton.jit
@@ -43,26 +43,28 @@ if HAS_TRITON:
         i_split,
         num_splits,
         first,
-        last,
+        stop,
         UNITS: tl.constexpr,
+        STEP: tl.constexpr,
         BINS: tl.constexpr,
-        SPAN: tl.constexpr,
+        ZERO: tl.constexpr,
         STEPS: tl.constexpr,
         TILES: tl.constexpr,
         WORDS: tl.constexpr,
         SPLITS: tl.constexpr,
         POPC: tl.constexpr,
     ):
-        """Find the row's threshold in its histogram, and list the selected units of tiles `first..last`.
+        """Find the row's threshold in its histogram, and list the selected of its units `first..stop`.
+
+        Their tiles begin at `first`, and `p_tile_max` at the maximum of the first of them.
 
         Selected units become bits, 32 to a word; words are counted and placed, and a bit's place in its word is the
         number of bits below it. What does not depend on the threshold is fetched before it is known.
         """
         o_split = tl.arange(0, SPLITS)
         o_far = tl.arange(0, BINS)
-        stop = tl.minimum(last * UNITS, num_units)
         b_peaks = tl.load(p_peak + o_split, mask=o_split < num_splits, other=-32768, cache_modifier=".cg")
-        b_next, b_next_top = _codes(p_codes, p_tile_max, first * UNITS, stop, UNITS, WORDS)
+        b_next, b_next_top = _codes(p_codes, p_tile_max, first, first, stop, UNITS, STEP, WORDS)
         p_sum = p_sums + o_split * BINS
         b_peak_bin = b_peaks & (BINS - 1)
         m_before = o_split < i_split
@@ -70,7 +72,7 @@ if HAS_TRITON:
         b_turn = tl.load(p_sum + BINS - 1, mask=m_before, other=0, cache_modifier=".cg")
         top = tl.max(b_peaks, 0)
         # bins in the order of falling scores: distance 0 holds the row's maximum
-        i_bin = top - o_far + SPAN // 2
+        i_bin = top - o_far + ZERO
         m_bin = (i_bin >= 0) & (o_far < BINS - 1)
         b_all = tl.load(p_histogram + i_bin, mask=m_bin, other=0, cache_modifier=".cg")
         b_count = tl.cumsum(b_all, 0)
@@ -105,15 +107,17 @@ if HAS_TRITON:
         o_unit = tl.arange(0, UNITS)
         # of the units below the window, the first `under_skip` of the row stay out
         under_skip = num_units - inside - extra
-        under = first * UNITS - before
+        under = first - before
         offset = before
         if extra > 0:
             offset += tl.maximum(under - under_skip, 0)
-            for i_tile in tl.range(first, last, TILES):
-                m_tiles = i_tile + o_tile < last
-                b_tile_max = tl.load(p_tile_max + i_tile + o_tile, mask=m_tiles, other=-65536, cache_modifier=".cg")
-                i_unit = (i_tile + o_tile)[:, None] * UNITS + o_unit[None, :]
-                m_unit = m_tiles[:, None] & (i_unit < num_units)
+            num_tiles = tl.cdiv(stop - first, UNITS)
+            for i_tile in tl.range(0, num_tiles, TILES):
+                m_tiles = i_tile + o_tile < num_tiles
+                p_tops = p_tile_max + (i_tile + o_tile) * STEP
+                b_tile_max = tl.load(p_tops, mask=m_tiles, other=-65536, cache_modifier=".cg")
+                i_unit = first + (i_tile + o_tile)[:, None] * UNITS + o_unit[None, :]
+                m_unit = m_tiles[:, None] & (i_unit < stop)
                 b_code = tl.load(p_codes + i_unit, mask=m_unit, other=255, cache_modifier=".cg").to(tl.int32)
                 b_inside = tl.reshape((b_code <= (b_tile_max - lowest)[:, None]).to(tl.int32), [TILES * UNITS])
                 b_seen = tl.reshape(m_unit.to(tl.int32), [TILES * UNITS])
@@ -122,16 +126,16 @@ if HAS_TRITON:
                 under += tl.sum(b_under, 0)
                 b_taken = b_seen * tl.maximum(b_inside, (b_rank > under_skip).to(tl.int32))
                 b_place = offset + tl.cumsum(b_taken, 0) - 1
-                o_flat = i_tile * UNITS + tl.arange(0, TILES * UNITS)
+                o_flat = first + i_tile * UNITS + tl.arange(0, TILES * UNITS)
                 tl.store(p_indices + b_place, o_flat, mask=b_taken > 0)
                 offset += tl.sum(b_taken, 0)
         else:
             o_word = tl.arange(0, WORDS)
             o_bit = tl.arange(0, 32)
-            for i_unit in tl.range(first * UNITS, stop, WORDS * 32):
+            for i_unit in tl.range(first, stop, WORDS * 32):
                 b_code = b_next.to(tl.int32)
                 b_top = b_next_top
-                b_next, b_next_top = _codes(p_codes, p_tile_max, i_unit + WORDS * 32, stop, UNITS, WORDS)
+                b_next, b_next_top = _codes(p_codes, p_tile_max, i_unit + WORDS * 32, first, stop, UNITS, STEP, WORDS)
                 # a tile is compared by its own maximum; no limit reaches the code past the end
                 b_in = (b_code <= tl.minimum(b_top - lowest, BINS - 2)).to(tl.uint32)
                 # the bits are disjoint: their sum is their union

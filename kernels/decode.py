@@ -352,7 +352,7 @@ def launch_attend(
     block_n = max(16, _ATTEND_CONFIG["tile_keys"] * 128 // max(block_d, 128)) if on_gpu else 16
     indices, counts = _no_selection(device) if selection is None else selection
     first_slot = length if start is None else start
-    ctas = _ATTEND_CONFIG["ctas"] if block_m == 16 else 1
+    ctas = _ATTEND_CONFIG["ctas"] if block_m <= 16 else 1
     shares = min(ctas * num_processors(device), workspace.ctas)
     early = new_tokens is not None and _can_start_early(new_tokens, full_key, window_key, window, num_sinks)
     new_key, new_value = (new_tokens.key, new_tokens.value) if early else (query, query)

@@ -8,46 +8,83 @@ from .common import HAS_TRITON, tl, triton
 
 
 @lru_cache(maxsize=8)
-def count_assembly(threads: int, elements: int, bins: int) -> str:
-    """PTX that counts the `elements` bins each of `threads` threads holds, by atomics in shared memory.
+def count_assembly(threads: int, elements: int, bins: int, places: int) -> str:
+    """PTX that counts how often each of `places` places occurs, over all calls of a program, in shared memory.
 
-    Inputs: the bins, then whether each counts. Outputs: the first `bins / threads` of each thread are the counts of
-    bins thread, thread + threads, ..., the others 0; then the numbers of those bins, -1 for the others.
+    Inputs, for the `elements` values of each of `threads` threads: the places; whether each counts; 1 in the first
+    call, 2 in the last, 3 if it is both; the place of the largest; where the counts of all programs are (64 bits). The
+    last call adds the counts to those. Its outputs are, for the first `bins / threads` values of a thread, the counts
+    of bins thread, thread + threads, ...: a bin is a place modulo `bins`, of the `bins` places up to the largest; then
+    the numbers of those bins, -1 for the other values. The last two inputs are a number of each warp and where the
+    first warp's is to be stored.
+
+    The shared memory is declared outside of a scope: a compiler that copied the call would not get two of them unseen.
     """
     own = bins // threads
+    places_in, counts_in, calls_in, largest_in, sums_in, tops_in, tops_out = (n * elements for n in range(2, 9))
     lines = [
+        f".shared .align 16 .b32 counts[{places}];",
         "{",
-        f".shared .align 4 .b32 counts[{bins}];",
-        ".reg .pred use;",
+        ".reg .pred use, last;",
         ".reg .b32 place, base, mine, value;",
+        ".reg .b64 sum;",
         "mov.u32 mine, %tid.x;",
         "mov.u32 base, counts;",
+        f"and.b32 value, ${calls_in}, 2;",
+        "setp.ne.b32 last, value, 0;",
+        # the first lane of a warp stores its number, unless the warp's first value does not count
+        "shr.u32 value, mine, 5;",
+        f"mad.wide.u32 sum, value, 4, ${tops_out};",
+        "and.b32 value, mine, 31;",
+        "setp.eq.b32 use, value, 0;",
+        f"setp.ne.and.b32 use, ${counts_in}, 0, use;",
+        f"@use st.global.b32 [sum], ${tops_in};",
+        f"and.b32 value, ${calls_in}, 1;",
+        "setp.eq.b32 use, value, 0;",
+        "@use bra COUNT;",
         "shl.b32 place, mine, 2;",
         "add.u32 place, place, base;",
     ]
-    lines += [f"st.shared.b32 [place + {4 * threads * i}], 0;" for i in range(own)]
-    lines += ["bar.sync 0;"]
+    for i in range(places // threads):
+        lines += [f"st.shared.b32 [place + {4 * threads * i}], 0;"]
+    lines += ["bar.sync 0;", "COUNT:"]
     for i in range(elements):
         lines += [
-            f"setp.ne.s32 use, ${3 * elements + i}, 0;",
-            f"shl.b32 value, ${2 * elements + i}, 2;",
+            f"setp.ne.s32 use, ${counts_in + i}, 0;",
+            f"shl.b32 value, ${places_in + i}, 2;",
             "add.u32 value, value, base;",
             "@use red.shared.add.u32 [value], 1;",
         ]
-    lines += ["bar.sync 0;"]
     for i in range(elements):
-        if i < own:
-            lines += [f"ld.shared.b32 ${i}, [place + {4 * threads * i}];"]
-            lines += [f"add.u32 ${elements + i}, mine, {threads * i};"]
-        else:
-            lines += [f"mov.b32 ${i}, 0;", f"mov.b32 ${elements + i}, -1;"]
-    lines += ["bar.sync 0;", "}"]
-    return "\n".join(lines)
+        lines += [f"mov.b32 ${i}, 0;"]
+        lines += [f"add.u32 ${elements + i}, mine, {threads * i};" if i < own else f"mov.b32 ${elements + i}, -1;"]
+    lines += ["@!last bra DONE;", "bar.sync 0;"]
+    for i in range(own):
+        lines += [
+            f"sub.s32 value, ${largest_in}, ${elements + i};",
+            f"and.b32 value, value, {bins - 1};",
+            f"sub.s32 value, ${largest_in}, value;",
+            "setp.ge.s32 use, value, 0;",
+            "shl.b32 value, value, 2;",
+            "add.u32 value, value, base;",
+            f"@use ld.shared.b32 ${i}, [value];",
+        ]
+    lines += ["shl.b32 place, mine, 2;", "cvt.u64.u32 sum, place;", f"add.u64 sum, sum, ${sums_in};"]
+    lines += ["add.u32 place, place, base;"]
+    for i in range(places // threads):
+        lines += [
+            f"ld.shared.b32 value, [place + {4 * threads * i}];",
+            "setp.ne.s32 use, value, 0;",
+            f"@use red.global.add.u32 [sum + {4 * threads * i}], value;",
+        ]
+    return "\n".join([*lines, "DONE:", "}"])
 
 
 @lru_cache(maxsize=8)
 def count_constraints(elements: int) -> str:
-    return ",".join(["=&r"] * (2 * elements) + ["r"] * (2 * elements))
+    return ",".join(
+        ["=&r"] * (2 * elements) + ["r"] * (4 * elements) + ["l"] * elements + ["r"] * elements + ["l"] * elements
+    )
 
 
 if HAS_TRITON:
@@ -87,8 +124,8 @@ if HAS_TRITON:
         p_new,
         num_new,
         num_seen,
-        first,
-        last,
+        first_key,
+        last_key,
         stride_kn,
         stride_sn,
         stride_xn,
@@ -99,6 +136,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         BINS: tl.constexpr,
         SPAN: tl.constexpr,
+        ZERO: tl.constexpr,
         STEPS: tl.constexpr,
         SPLIT_QUERY: tl.constexpr,
         INT8: tl.constexpr,
@@ -108,8 +146,12 @@ if HAS_TRITON:
         CONSTRAINTS: tl.constexpr,
         ELEMENTS: tl.constexpr,
         APPEND: tl.constexpr,
+        MIN_TILE: tl.constexpr,
+        WHOLE: tl.constexpr,
     ):
-        """Score tiles `first..last` of one query row; leave their codes, tile maxima and one histogram behind.
+        """Score keys `first_key..last_key` of one query row; leave their codes, tile maxima and one histogram behind.
+
+        Its tiles begin at `first_key`; the last one may be short. `p_tile_max` has one place for each MIN_TILE keys.
 
         Scores are counted in steps of 1/STEPS octave, floor(STEPS * log2(e) * s): absolute numbers, so that all
         CTAs share their bin edges. A CTA's histogram is circular, bin = step mod BINS, and holds the BINS - 1 steps
@@ -123,7 +165,11 @@ if HAS_TRITON:
         UNITS: tl.constexpr = TILE // BLOCK
         LOG2E: tl.constexpr = 1.4426950408889634
         FLOOR: tl.constexpr = -32768
-        HALF: tl.constexpr = SPAN // 2
+        # units that share the maximum from which their codes count: the keys of one warp, or a whole tile
+        GROUP: tl.constexpr = MIN_TILE if BLOCK == 1 else UNITS
+        GROUPS: tl.constexpr = UNITS // GROUP
+        APART: tl.constexpr = GROUP * BLOCK // MIN_TILE
+        o_group = tl.arange(0, GROUPS)
         o_row = tl.arange(0, ROWS)
         o_lane = tl.arange(0, LANES)
         o_k = tl.arange(0, LANES * PADDED)
@@ -154,15 +200,17 @@ if HAS_TRITON:
         else:
             b_histogram = tl.zeros([ROWS, LANES], dtype=tl.int32)
             o_bin = tl.full([ROWS, LANES], -1, dtype=tl.int32)
-        peak = tl.full((), FLOOR, tl.int32)
+        b_peak = tl.full([GROUPS], FLOOR, tl.int32)
+        num_keys = tl.minimum(last_key, num_seen) - first_key
+        p_key += tl.cast(first_key, tl.int64) * stride_kn
+        p_codes += first_key // BLOCK
+        p_tile_max += first_key // MIN_TILE
         if INT8:
-            b_next = tl.load(
-                p_scale + tl.cast(first * TILE, tl.int64) * stride_sn + o_token * stride_sn,
-                mask=o_token < tl.where(first < last, num_seen - first * TILE, 0),
-                other=0.0,
-            )
-        for i_tile in tl.range(first, last, num_stages=STAGES):
-            left = num_seen - i_tile * TILE
+            p_scale += tl.cast(first_key, tl.int64) * stride_sn
+            b_next = tl.load(p_scale + o_token * stride_sn, mask=o_token < num_keys, other=0.0)
+        num_tiles = tl.cdiv(num_keys, TILE)
+        for i_tile in tl.range(0, num_tiles, num_stages=STAGES):
+            left = num_keys - i_tile * TILE
             m_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) < left
             if HEAD != PADDED:
                 m_key = m_key & ((o_k % PADDED) < HEAD)[None, :]
@@ -185,10 +233,12 @@ if HAS_TRITON:
                 if SPLIT_QUERY:
                     b_score = tl.dot(b_key, b_low, b_score, input_precision="ieee")
             b_score *= factor
-            if APPEND and left - num_new < TILE:
+            # where the new keys begin in this tile, which may lie past the end of the share
+            first_new = num_seen - num_new - first_key - i_tile * TILE
+            if APPEND and first_new < TILE:
                 for i_new in tl.range(0, num_new):
                     new_score = _new_score(p_query, p_new + i_new * stride_xn, p_key, p_scale, HEAD, PADDED, INT8)
-                    b_score = tl.where(o_token == left - num_new + i_new, new_score * LOG2E, b_score)
+                    b_score = tl.where(o_token == first_new + i_new, new_score * LOG2E, b_score)
             if BLOCK == 1:
                 b_value = b_score * STEPS
                 m_unit = o_token < left
@@ -200,39 +250,54 @@ if HAS_TRITON:
                 b_value = (b_top + tl.log2(tl.sum(tl.exp2(b_block - b_top[:, None]), 1))) * STEPS
                 o_unit = tl.arange(0, UNITS)
                 m_unit = o_unit * BLOCK < left
-            b_step = tl.minimum(tl.maximum(tl.floor(b_value), 1.0 - HALF), HALF - 1.0).to(tl.int32)
+            b_step = tl.minimum(tl.maximum(tl.floor(b_value), 1.0 - ZERO), SPAN - ZERO - 1.0).to(tl.int32)
             b_step = tl.where(m_unit, b_step, FLOOR)
-            if BLOCK == 1:
-                tile_max = tl.max(tl.max(b_step, 1), 0)
-            else:
-                tile_max = tl.max(b_step, 0)
-            b_code = tl.minimum(tile_max - b_step, BINS - 1)
-            tl.store(p_codes + tl.cast(i_tile, tl.int64) * UNITS + o_unit, b_code.to(tl.uint8), mask=m_unit)
-            tl.store(p_tile_max + i_tile, tile_max)
-            new_peak = tl.maximum(peak, tile_max)
-            # bins that the raised window takes over from steps that fell out of it
-            b_histogram = tl.where(new_peak - ((new_peak - o_bin) & (BINS - 1)) > peak, 0, b_histogram)
-            peak = new_peak
-            m_count = m_unit & (b_step > peak - (BINS - 1))
+            b_units = tl.reshape(b_step, [GROUPS, GROUP])
+            b_top = tl.max(b_units, 1)
+            b_code = tl.reshape(tl.minimum(b_top[:, None] - b_units, BINS - 1), b_step.shape)
+            m_code = o_unit // WHOLE * WHOLE * BLOCK < left
+            tl.store(p_codes + tl.cast(i_tile, tl.int64) * UNITS + o_unit, b_code.to(tl.uint8), mask=m_code)
             if COUNTING != "":
-                b_new, o_bin = tl.inline_asm_elementwise(
+                b_tops = tl.reshape(tl.broadcast_to(b_top[:, None], [GROUPS, GROUP]), b_step.shape)
+                b_peak = tl.maximum(b_peak, b_top)
+                call = (i_tile == 0).to(tl.int32) + (i_tile == num_tiles - 1).to(tl.int32) * 2
+                peak = FLOOR
+                if i_tile == num_tiles - 1:
+                    peak = tl.max(b_peak, 0)
+                b_zero = o_token * 0
+                b_histogram, o_bin = tl.inline_asm_elementwise(
                     COUNTING,
                     CONSTRAINTS,
-                    [b_step & (BINS - 1), m_count.to(tl.int32)],
+                    [
+                        b_step + ZERO,
+                        m_unit.to(tl.int32),
+                        b_zero + call,
+                        b_zero + peak + ZERO,
+                        p_histogram + b_zero,
+                        b_tops,
+                        p_tile_max + i_tile * GROUPS + b_zero,
+                    ],
                     dtype=(tl.int32, tl.int32),
                     is_pure=False,
                     pack=ELEMENTS,
                 )
-                b_histogram += b_new
-            elif BLOCK == 1:
-                b_bin = tl.reshape(b_step & (BINS - 1), [TILE])
-                b_histogram += tl.histogram(b_bin, BINS, mask=tl.reshape(m_count, [TILE]))
             else:
-                b_histogram += tl.histogram(b_step & (BINS - 1), BINS, mask=m_count)
-        b_place = peak - ((peak - o_bin) & (BINS - 1))
-        m_place = (b_histogram > 0) & (b_place > peak - (BINS - 1))
-        tl.atomic_add(p_histogram + HALF + b_place, b_histogram, mask=m_place, sem="relaxed")
-        if COUNTING != "":
+                p_tops = p_tile_max + (i_tile * GROUPS + o_group) * APART
+                tl.store(p_tops, b_top, mask=o_group * (GROUP * BLOCK) < left)
+                peak = tl.max(b_peak, 0)
+                b_peak = tl.maximum(b_peak, b_top)
+                new_peak = tl.max(b_peak, 0)
+                # bins that the raised window takes over from steps that fell out of it
+                b_histogram = tl.where(new_peak - ((new_peak - o_bin) & (BINS - 1)) > peak, 0, b_histogram)
+                m_count = m_unit & (b_step > new_peak - (BINS - 1))
+                b_bin = tl.reshape(b_step & (BINS - 1), [UNITS])
+                b_histogram += tl.histogram(b_bin, BINS, mask=tl.reshape(m_count, [UNITS]))
+        peak = tl.max(b_peak, 0)
+        if COUNTING == "":
+            b_place = peak - ((peak - o_bin) & (BINS - 1))
+            m_place = (b_histogram > 0) & (b_place > peak - (BINS - 1))
+            tl.atomic_add(p_histogram + ZERO + b_place, b_histogram, mask=m_place, sem="relaxed")
+        else:
             # scattered over the tile: bring the bins into order through memory
             tl.store(p_sums + o_all, tl.zeros([BINS], dtype=tl.int32))
             tl.debug_barrier()

@@ -18,7 +18,15 @@ from .kv_quant import kv_limit
 from .launches import launch_options
 from .score_range import count_assembly, count_constraints
 from .selection import Selection, select_top_p_reference
-from .workspace import HISTOGRAM_BINS, HISTOGRAM_SPAN, MIN_TILE_KEYS, DecodeWorkspace, head_table, num_processors
+from .workspace import (
+    HISTOGRAM_BINS,
+    HISTOGRAM_SPAN,
+    HISTOGRAM_ZERO,
+    MIN_TILE_KEYS,
+    DecodeWorkspace,
+    head_table,
+    num_processors,
+)
 
 
 class NewTokens(NamedTuple):
@@ -119,6 +127,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         BINS: tl.constexpr,
         SPAN: tl.constexpr,
+        ZERO: tl.constexpr,
         STEPS: tl.constexpr,
         TILES: tl.constexpr,
         WORDS: tl.constexpr,
@@ -128,6 +137,7 @@ if HAS_TRITON:
         INT8: tl.constexpr,
         CONTIGUOUS: tl.constexpr,
         HAS_START: tl.constexpr,
+        BATCHED: tl.constexpr,
         SCORE: tl.constexpr,
         COMPACT: tl.constexpr,
         PDL: tl.constexpr,
@@ -139,6 +149,8 @@ if HAS_TRITON:
         HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr,
         KV_LIMIT: tl.constexpr,
+        MIN_TILE: tl.constexpr,
+        WHOLE: tl.constexpr,
     ):
         """Two phases, a launch each. SCORE: CTA (query row, split) scores its share of the keys. COMPACT: it
         lists the selected units of that share, once the whole row is scored.
@@ -149,8 +161,13 @@ if HAS_TRITON:
         i_row = tl.program_id(0) // num_splits
         i_split = tl.program_id(0) % num_splits
         i_query = i_row % q_len
-        i_head = (i_row // q_len) % num_heads
-        i_batch = (i_row // q_len // num_heads).to(tl.int64)
+        i_head = i_row // q_len
+        i_batch = (i_row * 0).to(tl.int64)
+        if BATCHED:
+            i_batch += i_head // num_heads
+            i_head = i_head % num_heads
+        # a table, which no kernel writes
+        i_key = tl.load(p_index_heads + i_head, mask=i_row < num_rows, other=0).to(tl.int64)
         if PDL:
             # what follows COMPACT may start beside SCORE already: it has work that needs neither
             if SCORE:
@@ -215,9 +232,12 @@ if HAS_TRITON:
         # keys up to the row's own, counted from the first real token
         num_seen = tl.maximum(length - begin - (q_len - 1 - i_query), 0)
         num_units = tl.cdiv(num_seen, BLOCK)
-        num_tiles = tl.cdiv(num_seen, TILE)
-        first = num_tiles * i_split // num_splits
-        last = num_tiles * (i_split + 1) // num_splits
+        # equal shares of the keys, in the smallest tiles that there are
+        num_shared = tl.cdiv(num_seen, MIN_TILE)
+        share = num_shared // num_splits
+        longer = num_shared - share * num_splits
+        first_key = (share * i_split + tl.minimum(i_split, longer)) * MIN_TILE
+        last_key = first_key + (share + (i_split < longer).to(tl.int32)) * MIN_TILE
         i_long = i_row.to(tl.int64)
         p_codes += i_long * stride_codes
         p_tile_max += i_long * stride_tiles
@@ -237,9 +257,7 @@ if HAS_TRITON:
         if SCORE:
             for i_bin in tl.range(i_split * BINS, SPAN, num_splits * BINS):
                 tl.store(p_cleared + i_bin + tl.arange(0, BINS), tl.zeros([BINS], dtype=tl.int32))
-            i_key = tl.load(p_index_heads + i_head).to(tl.int64)
-            # the new tokens lie in the last two tiles
-            if APPEND and last >= num_tiles - 1:
+            if APPEND and i_split == num_splits - 1:
                 for i_token in tl.range(0, q_len):
                     append_index(
                         p_new_index + i_batch * stride_xb + i_key * stride_xh + i_token * stride_xn,
@@ -264,8 +282,8 @@ if HAS_TRITON:
                 p_new_index + i_batch * stride_xb + i_key * stride_xh,
                 i_query + 1,
                 num_seen,
-                first,
-                last,
+                first_key,
+                last_key,
                 stride_kn,
                 stride_sn,
                 stride_xn,
@@ -276,6 +294,7 @@ if HAS_TRITON:
                 BLOCK,
                 BINS,
                 SPAN,
+                ZERO,
                 STEPS,
                 SPLIT_QUERY,
                 INT8,
@@ -285,6 +304,8 @@ if HAS_TRITON:
                 CONSTRAINTS,
                 ELEMENTS,
                 APPEND,
+                MIN_TILE,
+                WHOLE,
             )
         if COMPACT:
             # the last block may be short: count it as such, so that the floor holds whichever blocks are taken
@@ -292,7 +313,7 @@ if HAS_TRITON:
             wanted = tl.minimum(tl.cdiv(min_tokens + BLOCK - tail, BLOCK), num_units)
             compact_range(
                 p_codes,
-                p_tile_max,
+                p_tile_max + first_key // MIN_TILE,
                 p_histogram,
                 p_sums,
                 p_peak,
@@ -303,11 +324,12 @@ if HAS_TRITON:
                 top_p,
                 i_split,
                 num_splits,
-                first,
-                last,
-                UNITS,
+                first_key // BLOCK,
+                tl.minimum(last_key // BLOCK, num_units),
+                MIN_TILE if BLOCK == 1 else UNITS,
+                1 if BLOCK == 1 else TILE // MIN_TILE,
                 BINS,
-                SPAN,
+                ZERO,
                 STEPS,
                 TILES,
                 WORDS,
@@ -344,11 +366,11 @@ if HAS_TRITON:
             tl.store(p_counts + i_row, num_units)
 
 
-# measured on an H100: CTAs a multiprocessor holds, numbers in a tile of keys, keys that one row of a product scores,
-# warps (fewer where a tile has too few rows for them), pipeline stages with 16-bit and with 8-bit keys, registers of a
-# thread
+# measured on an H100: CTAs a multiprocessor holds, up to a number of keys of all rows; numbers in a tile of keys; keys
+# that one row of a product scores; warps (fewer where a tile has too few rows for them); pipeline stages with 16-bit
+# and with 8-bit keys; registers of a thread
 _SCORE_CONFIG = {
-    "ctas": 2,
+    "ctas": ((1 << 40, 2),),
     "tile_numbers": 16384,
     "lanes": 8,
     "warps": 8,
@@ -413,7 +435,8 @@ def select_top_p(
         A `Selection`; `indices` is `[B, n, M, K]`. The reference gives the smallest set. Triton reckons masses by
         bins of 1/8 octave, from the safe side: the mass is never under p nor the count under the floor, and the set
         lies within the smallest set for the mass p' = 1.19 p / (1 + 0.19 p) (0.914 for 0.9), whole bins taken.
-        Tokens more than 31 octaves (2e9 times) below the best one count as ties, and so do scores beyond +-177.
+        Tokens more than 31 octaves (2e9 times) below the best one count as ties, and so do scores above 133 or below
+        -110.
 
     Raises:
         ValueError: shapes that do not fit, or a workspace that is too small.
@@ -479,15 +502,18 @@ def launch_select(
     on_gpu = index_query.is_cuda
     padded = max(next_power_of_2(head), 4)
     lanes = _SCORE_CONFIG["lanes"]
-    tile_rows = max(_SCORE_CONFIG["tile_numbers"] // (padded * lanes) if on_gpu else 1, MIN_TILE_KEYS // lanes)
+    # in the interpreter two of the smallest tiles, so that shares end within one
+    tile_numbers = _SCORE_CONFIG["tile_numbers"] if on_gpu else 2 * MIN_TILE_KEYS * padded
+    tile_rows = max(min(tile_numbers // padded, MIN_TILE_KEYS * _SCORE_CONFIG["warps"]), MIN_TILE_KEYS) // lanes
     tile = tile_rows * lanes
     score_warps = min(_SCORE_CONFIG["warps"], max(tile_rows // 16, 4))
-    slots = _SCORE_CONFIG["ctas"] * num_processors(device)
+    ctas = next(count for most, count in _SCORE_CONFIG["ctas"] if rows * capacity <= most)
+    slots = ctas * num_processors(device)
     writers = 0
     if new_tokens is not None:
         kv_items = batch * new_tokens.key.shape[1] * q_len
         writers = min(kv_items, _SCORE_CONFIG["writers"])
-    splits = max(1, min((slots - writers) // rows, ceil_div(capacity, tile)))
+    splits = max(1, min((slots - writers) // rows, ceil_div(capacity, max(tile // 2, MIN_TILE_KEYS))))
     first_slot = length if start is None else start
     if top_p >= 1.0:
         _select_all_kernel[(rows * splits,)](
@@ -504,16 +530,15 @@ def launch_select(
             WIDTH=1024 if on_gpu else 64,
         )
         return selection
-    units = tile // block_size
+    units = MIN_TILE_KEYS if block_size == 1 else tile // block_size
     list_units, list_warps, list_registers = next(c for most, c in _COMPACT_CONFIG if blocks // splits <= most)
     if not on_gpu:
         list_units = 64
     threads = 32 * score_warps
     elements = max(tile // threads, 1)
-    # counting by hand needs each score in one thread only: the layout of a dot with 16 rows a warp has that
-    assembly = (
-        _SCORE_CONFIG["assembly"] and on_gpu and block_size == 1 and elements <= 16 and tile_rows >= 16 * score_warps
-    )
+    # counting by hand needs each score in one thread only, and a warp's in one group: the layout of a dot with 16 rows
+    # a warp has that
+    assembly = _SCORE_CONFIG["assembly"] and on_gpu and block_size == 1 and tile == MIN_TILE_KEYS * score_warps
     scale = index_key if index_scale is None else index_scale
     # without an append the rest of the arguments is never read
     key = value = new_index = full_key = full_value = window_key = window_value = index_key
@@ -588,6 +613,7 @@ def launch_select(
         "BLOCK": block_size,
         "BINS": HISTOGRAM_BINS,
         "SPAN": HISTOGRAM_SPAN,
+        "ZERO": HISTOGRAM_ZERO,
         "STEPS": _STEPS,
         "TILES": max(1, list_units // (2 * units)),
         "WORDS": list_units // 32,
@@ -597,13 +623,17 @@ def launch_select(
         "INT8": index_scale is not None,
         "CONTIGUOUS": index_key.stride(2) == head == padded,
         "HAS_START": start is not None,
+        "BATCHED": batch > 1,
         "STAGES": _SCORE_CONFIG["stages"][index_scale is not None],
-        "COUNTING": count_assembly(threads, elements, HISTOGRAM_BINS) if assembly else "",
+        "COUNTING": count_assembly(threads, elements, HISTOGRAM_BINS, HISTOGRAM_SPAN) if assembly else "",
         "CONSTRAINTS": count_constraints(elements) if assembly else "",
         "ELEMENTS": elements,
         "APPEND": new_tokens is not None,
         "HEAD_DIM": key.shape[3],
         "BLOCK_D": next_power_of_2(key.shape[3]),
+        "MIN_TILE": MIN_TILE_KEYS,
+        # codes that are written together; what a share has past the last key no one reads
+        "WHOLE": 4 if blocks % 4 == 0 else 1,
         "KV_LIMIT": 0.0 if key_scale is None else kv_limit(full_key),
     }
     phases = (

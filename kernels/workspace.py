@@ -7,7 +7,9 @@ from functools import lru_cache
 import torch
 
 HISTOGRAM_BINS = 256
-HISTOGRAM_SPAN = 4096
+# the steps of a row's histogram, and where step 0 is: a multiple of HISTOGRAM_BINS, as is their number. The counts of a
+# program take 11 KiB of shared memory; with what the compiler takes they must stay within 48 KiB
+HISTOGRAM_SPAN, HISTOGRAM_ZERO = 2816, 1280
 MIN_TILE_KEYS = 128
 
 
@@ -115,8 +117,8 @@ BUFFERS = (
 
 
 def tile_rows(group: int, queries: int) -> int:
-    """Rows of a query tile: a whole GQA group times the step's queries, a power of two from 16 on."""
-    rows = 16
+    """Rows of a query tile: a whole GQA group times the step's queries, a power of two from 8 on."""
+    rows = 8
     while rows < group * queries:
         rows *= 2
     return rows
