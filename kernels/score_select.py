@@ -374,7 +374,7 @@ _SCORE_CONFIG = {
     "tile_numbers": 16384,
     "lanes": 8,
     "warps": 8,
-    "stages": (2, 3),
+    "stages": (3, 3),
     "registers": 96,
     "writers": 8,
     "assembly": True,
@@ -513,7 +513,13 @@ def launch_select(
     if new_tokens is not None:
         kv_items = batch * new_tokens.key.shape[1] * q_len
         writers = min(kv_items, _SCORE_CONFIG["writers"])
-    splits = max(1, min((slots - writers) // rows, ceil_div(capacity, max(tile // 2, MIN_TILE_KEYS))))
+    splits = max(
+        1,
+        min(
+            (slots - writers) // rows,
+            ceil_div(capacity, tile if index_scale is not None else max(tile // 2, MIN_TILE_KEYS)),
+        ),
+    )
     first_slot = length if start is None else start
     if top_p >= 1.0:
         _select_all_kernel[(rows * splits,)](
