@@ -8,6 +8,7 @@ Not for prefill, where the rows are many and share tiles of keys.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -366,15 +367,14 @@ if HAS_TRITON:
             tl.store(p_counts + i_row, num_units)
 
 
-# measured on an H100: CTAs a multiprocessor holds, up to a number of keys of all rows; numbers in a tile of keys; keys
-# that one row of a product scores; warps (fewer where a tile has too few rows for them); pipeline stages with 16-bit
-# and with 8-bit keys; registers of a thread
+# measured on an H100 with Triton 3.6: CTAs a multiprocessor holds, numbers in a tile of keys, keys that one row of a
+# product scores, warps (fewer where a tile has too few rows for them), pipeline stages, registers of a thread
 _SCORE_CONFIG = {
-    "ctas": ((1 << 40, 2),),
+    "ctas": 2,
     "tile_numbers": 16384,
     "lanes": 8,
     "warps": 8,
-    "stages": (3, 3),
+    "stages": 3,
     "registers": 96,
     "writers": 8,
     "assembly": True,
@@ -383,6 +383,17 @@ _SCORE_CONFIG = {
 # registers it may spill a little, but its CTAs find room beside SCORE's, and those of the attention beside both
 _COMPACT_CONFIG = ((1024, (1024, 4, 80)), (4096, (1024, 4, 88)), (1 << 31, (4096, 8, 88)))
 _STEPS = 8
+
+
+@lru_cache(maxsize=64)
+def _score_stages(device: torch.device) -> int:
+    """Pipeline stages of SCORE, so that as many tiles are in shared memory as were when it was measured.
+
+    Triton 3.8 and later multiply from there on Hopper while the next tile comes, which takes room for one more.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    newer = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+    return _SCORE_CONFIG["stages"] - (hopper and newer)
 
 
 def check_select(
@@ -507,19 +518,14 @@ def launch_select(
     tile_rows = max(min(tile_numbers // padded, MIN_TILE_KEYS * _SCORE_CONFIG["warps"]), MIN_TILE_KEYS) // lanes
     tile = tile_rows * lanes
     score_warps = min(_SCORE_CONFIG["warps"], max(tile_rows // 16, 4))
-    ctas = next(count for most, count in _SCORE_CONFIG["ctas"] if rows * capacity <= most)
-    slots = ctas * num_processors(device)
+    slots = _SCORE_CONFIG["ctas"] * num_processors(device)
     writers = 0
     if new_tokens is not None:
         kv_items = batch * new_tokens.key.shape[1] * q_len
         writers = min(kv_items, _SCORE_CONFIG["writers"])
-    splits = max(
-        1,
-        min(
-            (slots - writers) // rows,
-            ceil_div(capacity, tile if index_scale is not None else max(tile // 2, MIN_TILE_KEYS)),
-        ),
-    )
+    # with 8-bit keys less than a tile takes a CTA as long as a whole one
+    least = tile if index_scale is not None else max(tile // 2, MIN_TILE_KEYS)
+    splits = max(1, min((slots - writers) // rows, ceil_div(capacity, least)))
     first_slot = length if start is None else start
     if top_p >= 1.0:
         _select_all_kernel[(rows * splits,)](
@@ -630,7 +636,7 @@ def launch_select(
         "CONTIGUOUS": index_key.stride(2) == head == padded,
         "HAS_START": start is not None,
         "BATCHED": batch > 1,
-        "STAGES": _SCORE_CONFIG["stages"][index_scale is not None],
+        "STAGES": _score_stages(device),
         "COUNTING": count_assembly(threads, elements, HISTOGRAM_BINS, HISTOGRAM_SPAN) if assembly else "",
         "CONSTRAINTS": count_constraints(elements) if assembly else "",
         "ELEMENTS": elements,

@@ -346,6 +346,7 @@ def _row(case: Case, capability: int, launch: Launch, *, disassemble: bool) -> d
         "registers": launch.registers,
         "spills": launch.spills,
         "shared": launch.shared,
+        "declared": launch.declared,
         "instructions": launch.instructions if disassemble else None,
         "ptx": _ptx_hash(launch.ptx),
     }

@@ -42,7 +42,8 @@ class Launch:
     """One compiled kernel: what its code depends on, and what it takes of the device.
 
     kernel: its file and name. registers: of a thread (with warp groups of unequal shares: of a thread at the start).
-    spills: bytes that a thread stores for want of registers, and loads again. shared: bytes of a program.
+    spills: bytes that a thread stores for want of registers, and loads again. shared: bytes of a program
+    that the launch asks for.
     """
 
     kernel: str
@@ -53,6 +54,12 @@ class Launch:
     shared: int
     ptx: str
     cubin: bytes
+
+    @cached_property
+    def declared(self) -> int:
+        """Bytes of shared memory that inline assembly declares, on top of `shared`."""
+        sizes = re.findall(r"(?<!extern )\.shared\s+\.align\s+\d+\s+\.b(\d+)\s+\w+\[(\d+)\]", self.ptx)
+        return sum(int(bits) // 8 * int(count) for bits, count in sizes)
 
     @cached_property
     def instructions(self) -> int:

@@ -23,8 +23,6 @@ KNOWN_SPILLS = {
     (80, "sink_window_triton._sink_window_kernel"): 260,
     (80, "sparse_prefill_triton._sparse_prefill_kernel"): 104,
     (90, "sink_window_hopper._sink_window_hopper_kernel"): 1048,
-    (90, "score_select._score_select_kernel"): 168,
-    (90, "decode_triton._decode_attention_kernel"): 12,
     (90, "indexer_kl_triton._rows_kernel"): 424,
     (90, "indexer_kl_triton._keys_kernel"): 248,
     (90, "window_gradient_triton._keys_kernel"): 668,
@@ -53,8 +51,16 @@ def test_no_kernel_is_left_out(compiled):
 
 def test_shared_memory_fits(compiled):
     assert {row["capability"] for row in compiled} == {80, 90}
-    beyond = [row for row in compiled if row["shared"] > SHARED_LIMIT[row["capability"]]]
+    beyond = [row for row in compiled if row["shared"] + row["declared"] > SHARED_LIMIT[row["capability"]]]
     assert not beyond
+
+
+def test_no_launch_needs_shared_memory_that_is_not_asked_for(compiled):
+    """Triton asks for more than 48 KiB by its own part alone: with less of its own, both together must stay within."""
+    counting = [row for row in compiled if row["declared"]]
+    assert {row["kernel"] for row in counting} == {"score_select._score_select_kernel"}
+    refused = [row for row in counting if row["shared"] <= 48 * 1024 < row["shared"] + row["declared"]]
+    assert not refused
 
 
 def test_registers_suffice(compiled):
