@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .NOTPARALLEL:
 .PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-model results-training \
-	results-smollm2-8k results-heads results-stage2 results-gemma3-32k results-gemma3-index results-ablation results-sparse-prefill
+	results-smollm2-8k results-even results-recipes results-heads results-stage2 results-gemma3-32k results-gemma3-index results-ablation results-sparse-prefill
 
 help:
 	@echo "make demo       adapt SmolLM2-135M to RTPurbo on this machine, report in build/demo (STAGES=1,2: stage 2 as well)"
@@ -91,6 +91,8 @@ TEXTS := --data $(RESULTS)/texts/bible.jsonl --data $(RESULTS)/texts/anarchism.j
 LONG_TEXTS := $(subst /texts/,/long-texts/,$(TEXTS))
 SMOLLM2 := smollm2-135m --preset default --context 8192 --window 2048 --learning-rate 3e-3 --steps 400 --train-blocks 48
 SMOLLM2_STAGE2 := --stages 1,2 --stage2-blocks 300 --stage2-steps 100 --accumulation 4 --stage2-schedule cosine --label-rows 600 --no-checkpointing
+SMOLLM2_LONG := --stages 1,2 --stage2-blocks 540 --stage2-steps 240 --accumulation 4 --stage2-schedule cosine --label-rows 150 --no-checkpointing --lora-rank 8
+SCORE := --head-rule score --top-p 0.88
 GEMMA3 := gemma3-270m --preset default --context 32768 --window 8192
 # its heads have 256 dimensions, SmolLM2's 64
 GEMMA3_INDEX := --index-dim 64 --index-rotary-dim 32
@@ -99,11 +101,14 @@ GEMMA3_SHORT := --steps 300 --train-blocks 24
 GEMMA3_STAGE2 := --stages 1,2 --stage2-blocks 80 --stage2-steps 40 --accumulation 2 --stage2-schedule cosine --label-rows 600 --checkpointing
 TOGETHER := --compare base --suite ruler,ppl,passkey,sparsity --device cuda --batch-tokens 196608
 ABLATION := --suite ppl,passkey,sparsity --lengths 8192 --preset default --learning-rate 3e-3 --steps 200 --train-blocks 24 --blocks 8 --rows 512 --samples 6 $(TEXTS) --device cuda
+# the texts that the recipe of stage 2 was chosen by: nothing is trained on them
+CHOOSING := --compare base --suite ruler,ppl,passkey,sparsity --device cuda --batch-tokens 196608 --variants headwise,sparse --lengths 8192 --blocks 32 --samples 72 --data $(RESULTS)/other-texts/jargon.jsonl --unseen --seed 1
+MANY := --lengths 8192 --blocks 54 --samples 480 $(TEXTS)
 GEMMA3_EVAL := --lengths 32768 --blocks 12 --samples 6 $(LONG_TEXTS)
 INDEX_EVAL := --compare base --suite ppl,passkey,sparsity --variants sparse --device cuda $(GEMMA3_EVAL)
 STAGE2_EVAL := --compare base --suite ppl,passkey,sparsity --device cuda --variants headwise,sparse --lengths 8192 --blocks 24 --samples 12 $(TEXTS)
 
-results: results-kernels results-model results-training results-smollm2-8k results-heads results-stage2 results-gemma3-32k \
+results: results-kernels results-model results-training results-smollm2-8k results-even results-recipes results-heads results-stage2 results-gemma3-32k \
 	results-gemma3-index results-ablation results-sparse-prefill
 
 # From Debian packages and Python's sources: a machine that lacks them takes the folders of one that has them.
@@ -112,6 +117,12 @@ $(RESULTS)/texts: | $(TOOL)
 
 $(RESULTS)/long-texts: | $(TOOL)
 	$(RTPURBO) corpus --chars 280000 --output $@
+
+$(RESULTS)/other-texts: | $(TOOL)
+	$(RTPURBO) corpus --chars 80000 --sources jargon --output $@
+
+$(RESULTS)/topics: | $(TOOL)
+	$(RTPURBO) corpus --chars 30000 --sources python-topics --output $@
 
 results-kernels: $(TOOL)
 	$(RTPURBO) bench kernels --preset paper --name kernels-h100 --output $(RESULTS)
@@ -122,12 +133,31 @@ results-model: $(TOOL)
 results-training: $(TOOL)
 	$(RTPURBO) bench training --preset paper --name training-h100 --output $(RESULTS)
 
-results-smollm2-8k: $(TOOL) | $(RESULTS)/texts
-	$(RTPURBO) adapt $(SMOLLM2) --head-rule even $(SMOLLM2_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k
-	$(RTPURBO) eval $(RESULTS)/smollm2-8k/adapter $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated streaming,oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage1
+results-smollm2-8k: $(TOOL) | $(RESULTS)/texts $(RESULTS)/topics
+	$(RTPURBO) adapt $(SMOLLM2) $(SCORE) $(SMOLLM2_LONG) --stage2-learning-rate 6e-4 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k
 	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-stage2
-	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse --lengths 8192 --blocks 32 --samples 96 $(TEXTS) --output $(RESULTS)/smollm2-8k-samples
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse --emulated sparse:p=0.95,oracle $(MANY) --output $(RESULTS)/smollm2-8k-samples
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(TOGETHER) --variants headwise,sparse --lengths 6144 --blocks 24 --samples 96 --data $(RESULTS)/topics/python-topics.jsonl --unseen --seed 2 --output $(RESULTS)/smollm2-8k-other-texts
+
+# the default head rule, which takes 28 heads, and a shorter stage 2
+results-even: $(TOOL) | $(RESULTS)/texts
+	$(RTPURBO) adapt $(SMOLLM2) --head-rule even $(SMOLLM2_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k-even
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k-even/adapter $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated streaming,oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-even-stage1
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k-even/model $(TOGETHER) --variants headwise,sparse,sparse_prefill --emulated oracle,topk:equal --lengths 4096,8192 --blocks 32 --samples 24 $(TEXTS) --output $(RESULTS)/smollm2-8k-even-stage2
 	$(RTPURBO) eval results/adapters/smollm2-135m-8k-even --base smollm2-135m --suite ppl,passkey --variants dense,sparse,sparse:kv=int8,sparse:kv=fp8 --lengths 8192 --blocks 32 --samples 24 $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k-kv8
+
+# recipes of stage 2 side by side, after results-smollm2-8k and results-even: on the texts to choose by, then on the test texts
+results-recipes: $(TOOL) | $(RESULTS)/texts $(RESULTS)/other-texts
+	$(RTPURBO) adapt $(SMOLLM2) --head-rule even $(SMOLLM2_LONG) --stage2-learning-rate 3e-4 $(TEXTS) --device cuda --output $(RESULTS)/recipe-even
+	$(RTPURBO) adapt $(SMOLLM2) $(SCORE) $(SMOLLM2_LONG) --stage2-learning-rate 3e-4 $(TEXTS) --device cuda --output $(RESULTS)/recipe-score
+	$(RTPURBO) adapt $(SMOLLM2) --head-rule score --ratio 0.3 --top-p 0.86 $(SMOLLM2_LONG) --stage2-learning-rate 3e-4 $(TEXTS) --device cuda --output $(RESULTS)/recipe-ratio
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k-even/model $(CHOOSING) --output $(RESULTS)/smollm2-8k-even-validation
+	$(RTPURBO) eval $(RESULTS)/recipe-even/model $(CHOOSING) --output $(RESULTS)/recipe-even-validation
+	$(RTPURBO) eval $(RESULTS)/recipe-score/model $(CHOOSING) --output $(RESULTS)/recipe-score-validation
+	$(RTPURBO) eval $(RESULTS)/recipe-ratio/model $(CHOOSING) --output $(RESULTS)/recipe-ratio-validation
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k/model $(CHOOSING) --output $(RESULTS)/smollm2-8k-validation
+	$(RTPURBO) eval $(RESULTS)/smollm2-8k-even/model $(TOGETHER) --variants sparse $(MANY) --output $(RESULTS)/smollm2-8k-even-samples
+	$(RTPURBO) eval $(RESULTS)/recipe-even/model $(TOGETHER) --variants sparse $(MANY) --output $(RESULTS)/recipe-even-samples
 
 results-heads: $(TOOL) | $(RESULTS)/texts
 	$(RTPURBO) adapt $(SMOLLM2) --head-rule score $(TEXTS) --device cuda --output $(RESULTS)/smollm2-8k-score
@@ -145,8 +175,9 @@ results-stage2: $(TOOL) | $(RESULTS)/texts
 results-gemma3-32k: $(TOOL) | $(RESULTS)/long-texts
 	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_LONG) $(GEMMA3_INDEX) $(GEMMA3_STAGE2) --stage2-learning-rate 3e-4 --lora-rank 8 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k
 	$(RTPURBO) eval $(RESULTS)/gemma3-32k/adapter $(TOGETHER) --variants sparse,sparse:p=0.88,sparse_prefill --emulated sparse:p=0.95,sparse:p=0.85,sparse:floor=256,oracle $(GEMMA3_EVAL) --output $(RESULTS)/gemma3-32k-stage1
-	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model $(TOGETHER) --variants sparse,sparse:p=0.88,sparse_prefill --emulated sparse:p=0.95,sparse:p=0.85,sparse:floor=256,oracle $(GEMMA3_EVAL) --output $(RESULTS)/gemma3-32k-stage2
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model $(TOGETHER) --variants sparse,sparse:p=0.88,sparse_prefill --emulated sparse:p=0.95,sparse:p=0.85,sparse:floor=256,oracle $(GEMMA3_EVAL) --output $(RESULTS)/gemma3-32k-unrefreshed
 	$(RTPURBO) adapt $(GEMMA3) $(GEMMA3_LONG) $(GEMMA3_INDEX) $(GEMMA3_STAGE2) --refresh-steps 500 --stage2-learning-rate 3e-4 --lora-rank 8 $(LONG_TEXTS) --device cuda --output $(RESULTS)/gemma3-32k-refresh
+	$(RTPURBO) eval $(RESULTS)/gemma3-32k-refresh/model $(TOGETHER) --variants sparse,sparse:p=0.88,sparse_prefill --emulated sparse:p=0.95,sparse:p=0.85,sparse:floor=256,oracle --lengths 32768 --blocks 12 --samples 48 $(LONG_TEXTS) --output $(RESULTS)/gemma3-32k-stage2
 	$(RTPURBO) eval $(RESULTS)/gemma3-32k/model --suite passkey --variants sparse $(GEMMA3_EVAL) --device cpu --dtype float32 --output $(RESULTS)/gemma3-32k-questions
 	$(RTPURBO) eval $(RESULTS)/gemma3-32k-refresh/model --suite passkey --variants sparse $(GEMMA3_EVAL) --device cpu --dtype float32 --output $(RESULTS)/gemma3-32k-refresh-questions
 
