@@ -347,6 +347,7 @@ def _row(case: Case, capability: int, launch: Launch, *, disassemble: bool) -> d
         "spills": launch.spills,
         "shared": launch.shared,
         "declared": launch.declared,
+        "assembly_warps": launch.assembly_warps,
         "instructions": launch.instructions if disassemble else None,
         "ptx": _ptx_hash(launch.ptx),
     }

@@ -43,7 +43,7 @@ class Launch:
 
     kernel: its file and name. registers: of a thread (with warp groups of unequal shares: of a thread at the start).
     spills: bytes that a thread stores for want of registers, and loads again. shared: bytes of a program
-    that the launch asks for.
+    that the launch asks for. layouts: the kernel in Triton's language, with the layout of each tensor.
     """
 
     kernel: str
@@ -52,6 +52,7 @@ class Launch:
     registers: int
     spills: int
     shared: int
+    layouts: str
     ptx: str
     cubin: bytes
 
@@ -60,6 +61,15 @@ class Launch:
         """Bytes of shared memory that inline assembly declares, on top of `shared`."""
         sizes = re.findall(r"(?<!extern )\.shared\s+\.align\s+\d+\s+\.b(\d+)\s+\w+\[(\d+)\]", self.ptx)
         return sum(int(bits) // 8 * int(count) for bits, count in sizes)
+
+    @cached_property
+    def assembly_warps(self) -> list[int] | None:
+        """How warps lie over the rows and columns that inline assembly with shared memory gets; None without any."""
+        found = re.search(r'elementwise_inline_asm "\.shared[^\n]*-> tensor<[0-9x]+xi32, (#\w+)>', self.layouts)
+        if found is None:
+            return None
+        layout = re.search(rf"^{found[1]} = .*warpsPerCTA = \[([\d, ]+)\]", self.layouts, re.MULTILINE)
+        return [int(warps) for warps in layout[1].split(",")] if layout else []
 
     @cached_property
     def instructions(self) -> int:
@@ -87,6 +97,7 @@ def _describe(name: str, kernel: Any, log: str, constants: dict[str, Any]) -> La
         registers=_number(r"Used (\d+) registers", log),
         spills=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
         shared=kernel.metadata.shared,
+        layouts=kernel.asm["ttgir"],
         ptx=kernel.asm["ptx"],
         cubin=kernel.asm["cubin"],
     )

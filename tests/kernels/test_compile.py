@@ -55,10 +55,15 @@ def test_shared_memory_fits(compiled):
     assert not beyond
 
 
-def test_no_launch_needs_shared_memory_that_is_not_asked_for(compiled):
-    """Triton asks for more than 48 KiB by its own part alone: with less of its own, both together must stay within."""
+def test_counting_in_assembly_gets_what_it_relies_on(compiled):
+    """Its shared memory and the warps' rows.
+
+    Triton asks for more than 48 KiB by its own part alone: with less of its own, both together must stay within.
+    """
     counting = [row for row in compiled if row["declared"]]
     assert {row["kernel"] for row in counting} == {"score_select._score_select_kernel"}
+    # the assembly takes a warp's values for those of one group of 128 keys, 16 rows of 8
+    assert all(row["assembly_warps"] == [row["warps"], 1] for row in counting)
     refused = [row for row in counting if row["shared"] <= 48 * 1024 < row["shared"] + row["declared"]]
     assert not refused
 
