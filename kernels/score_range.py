@@ -154,10 +154,10 @@ if HAS_TRITON:
         Its tiles begin at `first_key`; the last one may be short. `p_tile_max` has one place for each MIN_TILE keys.
 
         Scores are counted in steps of 1/STEPS octave, floor(STEPS * log2(e) * s): absolute numbers, so that all
-        CTAs share their bin edges. A CTA's histogram is circular, bin = step mod BINS, and holds the BINS - 1 steps
-        from the largest seen (`peak`) down. It is added to the row's, where a step has its own place, and its
-        running sums are kept: they tell how much of the list precedes each CTA. A code is the distance to the
-        tile's maximum.
+        CTAs share their bin edges. A CTA's counts are added to the row's, where a step has its own place. Its running
+        sums are kept, over the BINS - 1 steps from its largest (`peak`) down and around a circle, bin = step mod
+        BINS: they tell how much of the list precedes each CTA. A code is the distance to the maximum of its group.
+        WHOLE codes are written at a time, and past the last key some that no one reads.
 
         With APPEND the last `num_new` of the keys come from `p_new`: the store may not hold them yet.
         """
