@@ -17,15 +17,15 @@ if HAS_TRITON:
         return ((b_word * 0x01010101) >> 24).to(tl.int32)
 
     @triton.jit
-    def _codes(p_codes, p_tile_max, i_unit, first, stop, UNITS: tl.constexpr, STEP: tl.constexpr, WORDS: tl.constexpr):
-        """Codes `[WORDS, 32]` from `i_unit` on, 255 past the end, and the maxima of their tiles, STEP places apart."""
+    def _codes(p_codes, p_tile_max, i_unit, first, stop, GROUP: tl.constexpr, APART: tl.constexpr, WORDS: tl.constexpr):
+        """Codes `[WORDS, 32]` from `i_unit` on, 255 past the end, and the maxima of their groups, APART places each."""
         o_first = i_unit + tl.arange(0, WORDS) * 32
         o_each = o_first[:, None] + tl.arange(0, 32)[None, :]
         b_code = tl.load(p_codes + o_each, mask=o_each < stop, other=255)
-        if UNITS >= 32:
-            b_top = tl.load(p_tile_max + (o_first - first) // UNITS * STEP, mask=o_first < stop, other=-65536)[:, None]
+        if GROUP >= 32:
+            b_top = tl.load(p_tile_max + (o_first - first) // GROUP * APART, mask=o_first < stop, other=-65536)[:, None]
         else:
-            b_top = tl.load(p_tile_max + (o_each - first) // UNITS * STEP, mask=o_each < stop, other=-65536)
+            b_top = tl.load(p_tile_max + (o_each - first) // GROUP * APART, mask=o_each < stop, other=-65536)
         return b_code, b_top
 
     @triton.jit
@@ -44,8 +44,8 @@ if HAS_TRITON:
         num_splits,
         first,
         stop,
-        UNITS: tl.constexpr,
-        STEP: tl.constexpr,
+        GROUP: tl.constexpr,
+        APART: tl.constexpr,
         BINS: tl.constexpr,
         ZERO: tl.constexpr,
         STEPS: tl.constexpr,
@@ -56,7 +56,7 @@ if HAS_TRITON:
     ):
         """Find the row's threshold in its histogram, and list the selected of its units `first..stop`.
 
-        Their tiles begin at `first`, and `p_tile_max` at the maximum of the first of them.
+        Their groups begin at `first`, and `p_tile_max` at the maximum of the first of them.
 
         Selected units become bits, 32 to a word; words are counted and placed, and a bit's place in its word is the
         number of bits below it. What does not depend on the threshold is fetched before it is known.
@@ -64,7 +64,7 @@ if HAS_TRITON:
         o_split = tl.arange(0, SPLITS)
         o_far = tl.arange(0, BINS)
         b_peaks = tl.load(p_peak + o_split, mask=o_split < num_splits, other=-32768, cache_modifier=".cg")
-        b_next, b_next_top = _codes(p_codes, p_tile_max, first, first, stop, UNITS, STEP, WORDS)
+        b_next, b_next_top = _codes(p_codes, p_tile_max, first, first, stop, GROUP, APART, WORDS)
         p_sum = p_sums + o_split * BINS
         b_peak_bin = b_peaks & (BINS - 1)
         m_before = o_split < i_split
@@ -104,29 +104,29 @@ if HAS_TRITON:
         b_earlier = b_to_peak - b_to_low + tl.where(b_peak_bin < low_bin, b_turn, 0)
         before = tl.sum(tl.where(m_earlier, b_earlier, 0), 0)
         o_tile = tl.arange(0, TILES)
-        o_unit = tl.arange(0, UNITS)
+        o_unit = tl.arange(0, GROUP)
         # of the units below the window, the first `under_skip` of the row stay out
         under_skip = num_units - inside - extra
         under = first - before
         offset = before
         if extra > 0:
             offset += tl.maximum(under - under_skip, 0)
-            num_tiles = tl.cdiv(stop - first, UNITS)
+            num_tiles = tl.cdiv(stop - first, GROUP)
             for i_tile in tl.range(0, num_tiles, TILES):
                 m_tiles = i_tile + o_tile < num_tiles
-                p_tops = p_tile_max + (i_tile + o_tile) * STEP
+                p_tops = p_tile_max + (i_tile + o_tile) * APART
                 b_tile_max = tl.load(p_tops, mask=m_tiles, other=-65536, cache_modifier=".cg")
-                i_unit = first + (i_tile + o_tile)[:, None] * UNITS + o_unit[None, :]
+                i_unit = first + (i_tile + o_tile)[:, None] * GROUP + o_unit[None, :]
                 m_unit = m_tiles[:, None] & (i_unit < stop)
                 b_code = tl.load(p_codes + i_unit, mask=m_unit, other=255, cache_modifier=".cg").to(tl.int32)
-                b_inside = tl.reshape((b_code <= (b_tile_max - lowest)[:, None]).to(tl.int32), [TILES * UNITS])
-                b_seen = tl.reshape(m_unit.to(tl.int32), [TILES * UNITS])
+                b_inside = tl.reshape((b_code <= (b_tile_max - lowest)[:, None]).to(tl.int32), [TILES * GROUP])
+                b_seen = tl.reshape(m_unit.to(tl.int32), [TILES * GROUP])
                 b_under = (1 - b_inside) * b_seen
                 b_rank = under + tl.cumsum(b_under, 0)
                 under += tl.sum(b_under, 0)
                 b_taken = b_seen * tl.maximum(b_inside, (b_rank > under_skip).to(tl.int32))
                 b_place = offset + tl.cumsum(b_taken, 0) - 1
-                o_flat = first + i_tile * UNITS + tl.arange(0, TILES * UNITS)
+                o_flat = first + i_tile * GROUP + tl.arange(0, TILES * GROUP)
                 tl.store(p_indices + b_place, o_flat, mask=b_taken > 0)
                 offset += tl.sum(b_taken, 0)
         else:
@@ -135,8 +135,8 @@ if HAS_TRITON:
             for i_unit in tl.range(first, stop, WORDS * 32):
                 b_code = b_next.to(tl.int32)
                 b_top = b_next_top
-                b_next, b_next_top = _codes(p_codes, p_tile_max, i_unit + WORDS * 32, first, stop, UNITS, STEP, WORDS)
-                # a tile is compared by its own maximum; no limit reaches the code past the end
+                b_next, b_next_top = _codes(p_codes, p_tile_max, i_unit + WORDS * 32, first, stop, GROUP, APART, WORDS)
+                # a group is compared by its own maximum; no limit reaches the code past the end
                 b_in = (b_code <= tl.minimum(b_top - lowest, BINS - 2)).to(tl.uint32)
                 # the bits are disjoint: their sum is their union
                 b_word = tl.sum(b_in << o_bit[None, :].to(tl.uint32), 1)

@@ -147,6 +147,7 @@ if HAS_TRITON:
         ELEMENTS: tl.constexpr,
         APPEND: tl.constexpr,
         MIN_TILE: tl.constexpr,
+        GROUP: tl.constexpr,
         WHOLE: tl.constexpr,
     ):
         """Score keys `first_key..last_key` of one query row; leave their codes, tile maxima and one histogram behind.
@@ -156,7 +157,7 @@ if HAS_TRITON:
         Scores are counted in steps of 1/STEPS octave, floor(STEPS * log2(e) * s): absolute numbers, so that all
         CTAs share their bin edges. A CTA's counts are added to the row's, where a step has its own place. Its running
         sums are kept, over the BINS - 1 steps from its largest (`peak`) down and around a circle, bin = step mod
-        BINS: they tell how much of the list precedes each CTA. A code is the distance to the maximum of its group.
+        BINS: they tell how much of the list precedes each CTA. A code is the distance to the maximum of its GROUP.
         WHOLE codes are written at a time, and past the last key some that no one reads.
 
         With APPEND the last `num_new` of the keys come from `p_new`: the store may not hold them yet.
@@ -165,8 +166,6 @@ if HAS_TRITON:
         UNITS: tl.constexpr = TILE // BLOCK
         LOG2E: tl.constexpr = 1.4426950408889634
         FLOOR: tl.constexpr = -32768
-        # units that share the maximum from which their codes count: the keys of one warp, or a whole tile
-        GROUP: tl.constexpr = MIN_TILE if BLOCK == 1 else UNITS
         GROUPS: tl.constexpr = UNITS // GROUP
         APART: tl.constexpr = GROUP * BLOCK // MIN_TILE
         o_group = tl.arange(0, GROUPS)

@@ -151,6 +151,7 @@ if HAS_TRITON:
         BLOCK_D: tl.constexpr,
         KV_LIMIT: tl.constexpr,
         MIN_TILE: tl.constexpr,
+        GROUP: tl.constexpr,
         WHOLE: tl.constexpr,
     ):
         """Two phases, a launch each. SCORE: CTA (query row, split) scores its share of the keys. COMPACT: it
@@ -181,8 +182,6 @@ if HAS_TRITON:
             begin = tl.load(p_start + i_batch, mask=i_row < num_rows, other=0, cache_modifier=".cg").to(tl.int32)
         if PDL and COMPACT:
             tl.extra.cuda.gdc_wait()
-        TILE: tl.constexpr = ROWS * LANES
-        UNITS: tl.constexpr = TILE // BLOCK
         if APPEND and i_row >= num_rows:
             if SCORE:
                 num_writers = tl.num_programs(0) - num_rows * num_splits
@@ -306,6 +305,7 @@ if HAS_TRITON:
                 ELEMENTS,
                 APPEND,
                 MIN_TILE,
+                GROUP,
                 WHOLE,
             )
         if COMPACT:
@@ -327,8 +327,8 @@ if HAS_TRITON:
                 num_splits,
                 first_key // BLOCK,
                 tl.minimum(last_key // BLOCK, num_units),
-                MIN_TILE if BLOCK == 1 else UNITS,
-                1 if BLOCK == 1 else TILE // MIN_TILE,
+                GROUP,
+                GROUP * BLOCK // MIN_TILE,
                 BINS,
                 ZERO,
                 STEPS,
@@ -542,7 +542,8 @@ def launch_select(
             WIDTH=1024 if on_gpu else 64,
         )
         return selection
-    units = MIN_TILE_KEYS if block_size == 1 else tile // block_size
+    # units that share the maximum from which their codes count: the keys of one warp, or a whole tile's blocks
+    group = MIN_TILE_KEYS if block_size == 1 else tile // block_size
     list_units, list_warps, list_registers = next(c for most, c in _COMPACT_CONFIG if blocks // splits <= most)
     if not on_gpu:
         list_units = 64
@@ -627,7 +628,7 @@ def launch_select(
         "SPAN": HISTOGRAM_SPAN,
         "ZERO": HISTOGRAM_ZERO,
         "STEPS": _STEPS,
-        "TILES": max(1, list_units // (2 * units)),
+        "TILES": max(1, list_units // (2 * group)),
         "WORDS": list_units // 32,
         "SPLITS": next_power_of_2(splits),
         "POPC": on_gpu and torch.version.hip is None,
@@ -644,6 +645,7 @@ def launch_select(
         "HEAD_DIM": key.shape[3],
         "BLOCK_D": next_power_of_2(key.shape[3]),
         "MIN_TILE": MIN_TILE_KEYS,
+        "GROUP": group,
         # codes that are written together; what a share has past the last key no one reads
         "WHOLE": 4 if blocks % 4 == 0 else 1,
         "KV_LIMIT": 0.0 if key_scale is None else kv_limit(full_key),

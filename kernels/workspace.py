@@ -71,7 +71,7 @@ class DecodeWorkspace:
         self.head_dim = head_dim
         self.indices = torch.zeros(rows * units, dtype=torch.int32, device=device)
         self.counts = torch.zeros(rows, dtype=torch.int32, device=device)
-        # of at least MIN_TILE_KEYS keys, the last one partial
+        # one for each MIN_TILE_KEYS keys, the last of them partial
         self.tiles = capacity // MIN_TILE_KEYS + 1
         self.codes = torch.empty(rows * units, dtype=torch.uint8, device=device)
         self.tile_max = torch.empty(rows * self.tiles, dtype=torch.int32, device=device)
