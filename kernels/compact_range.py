@@ -29,6 +29,53 @@ if HAS_TRITON:
         return b_code, b_top
 
     @triton.jit
+    def compact_range_by_assembly(
+        p_codes,
+        p_tile_max,
+        p_histogram,
+        p_sums,
+        p_peak,
+        p_indices,
+        p_counts,
+        num_units,
+        wanted_units,
+        top_p,
+        i_split,
+        num_splits,
+        first,
+        stop,
+        LISTING: tl.constexpr,
+        CONSTRAINTS: tl.constexpr,
+        THREADS: tl.constexpr,
+        ZERO: tl.constexpr,
+    ):
+        """`compact_range` by `list_assembly`."""
+        b_zero = tl.arange(0, THREADS) * 0
+        tl.inline_asm_elementwise(
+            LISTING,
+            CONSTRAINTS,
+            [
+                p_codes.to(tl.pointer_type(tl.int32)) + b_zero,
+                p_tile_max + b_zero,
+                p_histogram + ZERO + b_zero,
+                p_sums + b_zero,
+                p_peak + b_zero,
+                p_indices + b_zero,
+                p_counts + b_zero,
+                num_units + b_zero,
+                wanted_units + b_zero,
+                top_p.to(tl.int32, bitcast=True) + b_zero,
+                i_split + b_zero,
+                num_splits + b_zero,
+                first + b_zero,
+                stop + b_zero,
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
     def compact_range(
         p_codes,
         p_tile_max,
@@ -65,11 +112,6 @@ if HAS_TRITON:
         o_far = tl.arange(0, BINS)
         b_peaks = tl.load(p_peak + o_split, mask=o_split < num_splits, other=-32768, cache_modifier=".cg")
         b_next, b_next_top = _codes(p_codes, p_tile_max, first, first, stop, GROUP, APART, WORDS)
-        p_sum = p_sums + o_split * BINS
-        b_peak_bin = b_peaks & (BINS - 1)
-        m_before = o_split < i_split
-        b_to_peak = tl.load(p_sum + b_peak_bin, mask=m_before, other=0, cache_modifier=".cg")
-        b_turn = tl.load(p_sum + BINS - 1, mask=m_before, other=0, cache_modifier=".cg")
         top = tl.max(b_peaks, 0)
         # bins in the order of falling scores: distance 0 holds the row's maximum
         i_bin = top - o_far + ZERO
@@ -97,12 +139,11 @@ if HAS_TRITON:
         lowest = top - cut
         if i_split == 0:
             tl.store(p_counts, tl.sum(tl.where(o_far <= cut, b_all, 0), 0) + extra)
-        # how many units each earlier CTA lists: a difference of its running sums, around the circle
-        low_bin = lowest & (BINS - 1)
-        m_earlier = m_before & (b_peaks >= lowest)
-        b_to_low = tl.load(p_sum + low_bin - 1, mask=m_earlier & (o_split * 0 < low_bin), other=0, cache_modifier=".cg")
-        b_earlier = b_to_peak - b_to_low + tl.where(b_peak_bin < low_bin, b_turn, 0)
-        before = tl.sum(tl.where(m_earlier, b_earlier, 0), 0)
+        # how many units the earlier CTAs list
+        b_to_lowest = tl.minimum(b_peaks - lowest, BINS - 2)
+        m_earlier = (o_split < i_split) & (b_to_lowest >= 0)
+        b_earlier = tl.load(p_sums + o_split * BINS + b_to_lowest, mask=m_earlier, other=0, cache_modifier=".cg")
+        before = tl.sum(b_earlier, 0)
         o_tile = tl.arange(0, TILES)
         o_unit = tl.arange(0, GROUP)
         # of the units below the window, the first `under_skip` of the row stay out

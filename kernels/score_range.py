@@ -2,90 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from .common import HAS_TRITON, tl, triton
-
-
-@lru_cache(maxsize=8)
-def count_assembly(threads: int, elements: int, bins: int, places: int) -> str:
-    """PTX that counts how often each of `places` places occurs, over all calls of a program, in shared memory.
-
-    Inputs, for the `elements` values of each of `threads` threads: the places; whether each counts; 1 in the first
-    call, 2 in the last, 3 if it is both; the place of the largest; where the counts of all programs are (64 bits). The
-    last call adds the counts to those. Its outputs are, for the first `bins / threads` values of a thread, the counts
-    of bins thread, thread + threads, ...: a bin is a place modulo `bins`, of the `bins` places up to the largest; then
-    the numbers of those bins, -1 for the other values. The last two inputs are a number of each warp and where the
-    first warp's is to be stored.
-
-    The shared memory is declared outside of a scope: a compiler that copied the call would not get two of them unseen.
-    """
-    own = bins // threads
-    places_in, counts_in, calls_in, largest_in, sums_in, tops_in, tops_out = (n * elements for n in range(2, 9))
-    lines = [
-        f".shared .align 16 .b32 counts[{places}];",
-        "{",
-        ".reg .pred use, last;",
-        ".reg .b32 place, base, mine, value;",
-        ".reg .b64 sum;",
-        "mov.u32 mine, %tid.x;",
-        "mov.u32 base, counts;",
-        f"and.b32 value, ${calls_in}, 2;",
-        "setp.ne.b32 last, value, 0;",
-        # the first lane of a warp stores its number, unless the warp's first value does not count
-        "shr.u32 value, mine, 5;",
-        f"mad.wide.u32 sum, value, 4, ${tops_out};",
-        "and.b32 value, mine, 31;",
-        "setp.eq.b32 use, value, 0;",
-        f"setp.ne.and.b32 use, ${counts_in}, 0, use;",
-        f"@use st.global.b32 [sum], ${tops_in};",
-        f"and.b32 value, ${calls_in}, 1;",
-        "setp.eq.b32 use, value, 0;",
-        "@use bra COUNT;",
-        "shl.b32 place, mine, 2;",
-        "add.u32 place, place, base;",
-    ]
-    for i in range(places // threads):
-        lines += [f"st.shared.b32 [place + {4 * threads * i}], 0;"]
-    lines += ["bar.sync 0;", "COUNT:"]
-    for i in range(elements):
-        lines += [
-            f"setp.ne.s32 use, ${counts_in + i}, 0;",
-            f"shl.b32 value, ${places_in + i}, 2;",
-            "add.u32 value, value, base;",
-            "@use red.shared.add.u32 [value], 1;",
-        ]
-    for i in range(elements):
-        lines += [f"mov.b32 ${i}, 0;"]
-        lines += [f"add.u32 ${elements + i}, mine, {threads * i};" if i < own else f"mov.b32 ${elements + i}, -1;"]
-    lines += ["@!last bra DONE;", "bar.sync 0;"]
-    for i in range(own):
-        lines += [
-            f"sub.s32 value, ${largest_in}, ${elements + i};",
-            f"and.b32 value, value, {bins - 1};",
-            f"sub.s32 value, ${largest_in}, value;",
-            "setp.ge.s32 use, value, 0;",
-            "shl.b32 value, value, 2;",
-            "add.u32 value, value, base;",
-            f"@use ld.shared.b32 ${i}, [value];",
-        ]
-    lines += ["shl.b32 place, mine, 2;", "cvt.u64.u32 sum, place;", f"add.u64 sum, sum, ${sums_in};"]
-    lines += ["add.u32 place, place, base;"]
-    for i in range(places // threads):
-        lines += [
-            f"ld.shared.b32 value, [place + {4 * threads * i}];",
-            "setp.ne.s32 use, value, 0;",
-            f"@use red.global.add.u32 [sum + {4 * threads * i}], value;",
-        ]
-    return "\n".join([*lines, "DONE:", "}"])
-
-
-@lru_cache(maxsize=8)
-def count_constraints(elements: int) -> str:
-    return ",".join(
-        ["=&r"] * (2 * elements) + ["r"] * (4 * elements) + ["l"] * elements + ["r"] * elements + ["l"] * elements
-    )
-
 
 if HAS_TRITON:
     from .append import quantize_index_row
@@ -104,15 +21,22 @@ if HAS_TRITON:
         return tl.sum(b_query.to(tl.float32) * b_new, 0)
 
     @triton.jit
-    def _query_matrix(p_query, HEAD: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr):
-        """fp32 `[LANES * PADDED, LANES]`: column t holds the query at rows t * PADDED..; one dot scores LANES keys."""
+    def load_query(p_query, num_dims, PADDED: tl.constexpr, LANES: tl.constexpr):
+        """`num_dims` of a query: `[PADDED]`, and `[LANES * PADDED, LANES]` with them in column t at rows t * PADDED...
+
+        One product with the matrix scores LANES keys.
+        """
         o_k = tl.arange(0, LANES * PADDED)
         o_t = tl.arange(0, LANES)
-        mine = ((o_k // PADDED)[:, None] == o_t[None, :]) & ((o_k % PADDED) < HEAD)[:, None]
-        return tl.load(p_query + (o_k % PADDED)[:, None] + 0 * o_t[None, :], mask=mine, other=0.0).to(tl.float32)
+        o_dim = tl.arange(0, PADDED)
+        mine = ((o_k // PADDED)[:, None] == o_t[None, :]) & ((o_k % PADDED) < num_dims)[:, None]
+        b_matrix = tl.load(p_query + (o_k % PADDED)[:, None] + 0 * o_t[None, :], mask=mine, other=0.0)
+        return tl.load(p_query + o_dim, mask=o_dim < num_dims, other=0.0), b_matrix
 
     @triton.jit
     def score_range(
+        b_line,
+        b_matrix,
         p_query,
         p_key,
         p_scale,
@@ -156,12 +80,14 @@ if HAS_TRITON:
 
         Scores are counted in steps of 1/STEPS octave, floor(STEPS * log2(e) * s): absolute numbers, so that all
         CTAs share their bin edges. A CTA's counts are added to the row's, where a step has its own place. Its running
-        sums are kept, over the BINS - 1 steps from its largest (`peak`) down and around a circle, bin = step mod
-        BINS: they tell how much of the list precedes each CTA. A code is the distance to the maximum of its GROUP.
-        WHOLE codes are written at a time, and past the last key some that no one reads.
+        sums are kept, over the BINS - 1 steps from its largest (`peak`) down: they tell how much of the list precedes
+        each CTA. A code is the distance to the maximum of its GROUP. WHOLE codes are written at a time, and past the
+        last key some that no one reads.
 
         With APPEND the last `num_new` of the keys come from `p_new`: the store may not hold them yet.
         """
+        # a store of whole codes must not reach into the next share
+        tl.static_assert(MIN_TILE % (WHOLE * BLOCK) == 0)
         TILE: tl.constexpr = ROWS * LANES
         UNITS: tl.constexpr = TILE // BLOCK
         LOG2E: tl.constexpr = 1.4426950408889634
@@ -172,19 +98,18 @@ if HAS_TRITON:
         o_row = tl.arange(0, ROWS)
         o_lane = tl.arange(0, LANES)
         o_k = tl.arange(0, LANES * PADDED)
-        o_all = tl.arange(0, BINS)
-        o_bin = o_all
+        o_bin = tl.arange(0, BINS)
         # [LANES * PADDED, LANES]
-        b_query = _query_matrix(p_query, HEAD, PADDED, LANES)
+        b_query = b_matrix.to(tl.float32)
         factor = LOG2E
         if INT8:
             # 14 bits of the query in two int8 parts: the products are exact
-            step = tl.maximum(tl.max(tl.max(tl.abs(b_query), 1), 0), 1e-30) / 8128.0
-            b_query = tl.floor(b_query / step + 0.5)
-            b_upper = tl.floor((b_query + 64.0) / 128.0)
+            largest = tl.maximum(tl.max(tl.abs(b_line.to(tl.float32)), 0), 1e-30)
+            b_query = tl.floor(b_query * (8128.0 / largest) + 0.5)
+            b_upper = tl.floor((b_query + 64.0) * (1.0 / 128.0))
             b_high = b_upper.to(tl.int8)
             b_low = (b_query - 128.0 * b_upper).to(tl.int8)
-            factor = factor * step
+            factor = factor * (largest * (1.0 / 8128.0))
         else:
             b_high = b_query.to(p_key.dtype.element_ty)
             if SPLIT_QUERY:
@@ -194,13 +119,14 @@ if HAS_TRITON:
         else:
             o_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) * stride_kn + (o_k % PADDED)[None, :]
         o_token = o_row[:, None] * LANES + o_lane[None, :]
-        if COUNTING == "":
-            b_histogram = tl.zeros([BINS], dtype=tl.int32)
-        else:
-            b_histogram = tl.zeros([ROWS, LANES], dtype=tl.int32)
-            o_bin = tl.full([ROWS, LANES], -1, dtype=tl.int32)
+        # in a circle, bin = step mod BINS
+        b_histogram = tl.zeros([BINS], dtype=tl.int32)
         b_peak = tl.full([GROUPS], FLOOR, tl.int32)
         num_keys = tl.minimum(last_key, num_seen) - first_key
+        num_stored = num_keys
+        if APPEND:
+            # a slot that is being written may hold anything, which zeros of the query's matrix need not cancel
+            num_stored = tl.minimum(last_key, num_seen - num_new) - first_key
         p_key += tl.cast(first_key, tl.int64) * stride_kn
         p_codes += first_key // BLOCK
         p_tile_max += first_key // MIN_TILE
@@ -210,7 +136,7 @@ if HAS_TRITON:
         num_tiles = tl.cdiv(num_keys, TILE)
         for i_tile in tl.range(0, num_tiles, num_stages=STAGES):
             left = num_keys - i_tile * TILE
-            m_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) < left
+            m_key = (o_row[:, None] * LANES + (o_k // PADDED)[None, :]) < num_stored - i_tile * TILE
             if HEAD != PADDED:
                 m_key = m_key & ((o_k % PADDED) < HEAD)[None, :]
             # [ROWS, LANES * PADDED]
@@ -258,25 +184,22 @@ if HAS_TRITON:
             tl.store(p_codes + tl.cast(i_tile, tl.int64) * UNITS + o_unit, b_code.to(tl.uint8), mask=m_code)
             if COUNTING != "":
                 b_tops = tl.reshape(tl.broadcast_to(b_top[:, None], [GROUPS, GROUP]), b_step.shape)
-                b_peak = tl.maximum(b_peak, b_top)
                 call = (i_tile == 0).to(tl.int32) + (i_tile == num_tiles - 1).to(tl.int32) * 2
-                peak = FLOOR
-                if i_tile == num_tiles - 1:
-                    peak = tl.max(b_peak, 0)
                 b_zero = o_token * 0
-                b_histogram, o_bin = tl.inline_asm_elementwise(
+                tl.inline_asm_elementwise(
                     COUNTING,
                     CONSTRAINTS,
                     [
                         b_step + ZERO,
                         m_unit.to(tl.int32),
                         b_zero + call,
-                        b_zero + peak + ZERO,
-                        p_histogram + b_zero,
                         b_tops,
                         p_tile_max + i_tile * GROUPS + b_zero,
+                        p_histogram + b_zero,
+                        p_sums + b_zero,
+                        p_peak + b_zero,
                     ],
-                    dtype=(tl.int32, tl.int32),
+                    dtype=tl.int32,
                     is_pure=False,
                     pack=ELEMENTS,
                 )
@@ -291,18 +214,17 @@ if HAS_TRITON:
                 m_count = m_unit & (b_step > new_peak - (BINS - 1))
                 b_bin = tl.reshape(b_step & (BINS - 1), [UNITS])
                 b_histogram += tl.histogram(b_bin, BINS, mask=tl.reshape(m_count, [UNITS]))
-        peak = tl.max(b_peak, 0)
         if COUNTING == "":
+            peak = tl.max(b_peak, 0)
             b_place = peak - ((peak - o_bin) & (BINS - 1))
             m_place = (b_histogram > 0) & (b_place > peak - (BINS - 1))
             tl.atomic_add(p_histogram + ZERO + b_place, b_histogram, mask=m_place, sem="relaxed")
-        else:
-            # scattered over the tile: bring the bins into order through memory
-            tl.store(p_sums + o_all, tl.zeros([BINS], dtype=tl.int32))
+            # from the circle into the order of falling steps, through memory
+            tl.store(p_sums + o_bin, b_histogram)
             tl.debug_barrier()
-            tl.store(p_sums + o_bin, b_histogram, mask=o_bin >= 0)
+            b_ordered = tl.load(p_sums + ((peak - o_bin) & (BINS - 1)), mask=o_bin < BINS - 1, other=0)
             tl.debug_barrier()
-            b_histogram = tl.load(p_sums + o_all)
-            tl.debug_barrier()
-        tl.store(p_sums + o_all, tl.cumsum(b_histogram, 0))
-        tl.store(p_peak, peak)
+            tl.store(p_sums + o_bin, tl.cumsum(b_ordered, 0))
+            tl.store(p_peak, peak)
+        elif num_tiles == 0:
+            tl.store(p_peak, FLOOR)

@@ -17,7 +17,7 @@ from .append import append_head, append_index
 from .common import HAS_TRITON, ceil_div, next_power_of_2, tl, triton, use_triton
 from .kv_quant import kv_limit
 from .launches import launch_options
-from .score_range import count_assembly, count_constraints
+from .select_assembly import LIST_CONSTRAINTS, count_assembly, count_constraints, list_assembly, runs_assembly
 from .selection import Selection, select_top_p_reference
 from .workspace import (
     HISTOGRAM_BINS,
@@ -47,8 +47,52 @@ class NewTokens(NamedTuple):
 
 
 if HAS_TRITON:
-    from .compact_range import compact_range
-    from .score_range import score_range
+    from .compact_range import compact_range, compact_range_by_assembly
+    from .score_range import load_query, score_range
+
+    @triton.jit
+    def _append_row_index(
+        p_new_index,
+        p_key,
+        p_scale,
+        p_index_heads,
+        i_row,
+        length,
+        q_len,
+        num_heads,
+        stride_xb,
+        stride_xh,
+        stride_xn,
+        stride_kb,
+        stride_kh,
+        stride_kn,
+        stride_sb,
+        stride_sh,
+        stride_sn,
+        HEAD: tl.constexpr,
+        PADDED: tl.constexpr,
+        INT8: tl.constexpr,
+        BATCHED: tl.constexpr,
+    ):
+        """Write the index key of a query row's own token."""
+        i_query = i_row % q_len
+        i_head = i_row // q_len
+        i_batch = (i_row * 0).to(tl.int64)
+        if BATCHED:
+            i_batch += i_head // num_heads
+            i_head = i_head % num_heads
+        i_key = tl.load(p_index_heads + i_head).to(tl.int64)
+        append_index(
+            p_new_index + i_batch * stride_xb + i_key * stride_xh + i_query * stride_xn,
+            p_key + i_batch * stride_kb + i_key * stride_kh,
+            p_scale + i_batch * stride_sb + i_key * stride_sh,
+            length.to(tl.int64) - q_len + i_query,
+            stride_kn,
+            stride_sn,
+            HEAD,
+            PADDED,
+            INT8,
+        )
 
     @triton.jit
     def _score_select_kernel(
@@ -79,6 +123,7 @@ if HAS_TRITON:
         top_p,
         min_tokens,
         num_rows,
+        per_split,
         num_kv_items,
         num_kv_heads,
         num_sinks,
@@ -145,6 +190,9 @@ if HAS_TRITON:
         STAGES: tl.constexpr,
         COUNTING: tl.constexpr,
         CONSTRAINTS: tl.constexpr,
+        LISTING: tl.constexpr,
+        LIST_CONSTRAINTS: tl.constexpr,
+        THREADS: tl.constexpr,
         ELEMENTS: tl.constexpr,
         APPEND: tl.constexpr,
         HEAD_DIM: tl.constexpr,
@@ -157,84 +205,116 @@ if HAS_TRITON:
         """Two phases, a launch each. SCORE: CTA (query row, split) scores its share of the keys. COMPACT: it
         lists the selected units of that share, once the whole row is scored.
 
-        With APPEND the step's tokens are written by SCORE: K and V by further CTAs, and the index keys by the CTAs that
-        score them, which do not read them back.
+        With APPEND the step's tokens are written by SCORE, in further CTAs; no other one reads them back.
+        `per_split` is 2^32 / num_splits, rounded up: a number below 2^23 is divided by one product.
         """
-        i_row = tl.program_id(0) // num_splits
-        i_split = tl.program_id(0) % num_splits
+        i_row = ((tl.program_id(0) * tl.cast(per_split, tl.int64)) >> 32).to(tl.int32)
+        i_split = tl.program_id(0) - i_row * num_splits
         i_query = i_row % q_len
         i_head = i_row // q_len
         i_batch = (i_row * 0).to(tl.int64)
         if BATCHED:
             i_batch += i_head // num_heads
             i_head = i_head % num_heads
+        is_row = i_row < num_rows
         # a table, which no kernel writes
-        i_key = tl.load(p_index_heads + i_head, mask=i_row < num_rows, other=0).to(tl.int64)
+        i_key = tl.load(p_index_heads + i_head, mask=is_row, other=0).to(tl.int64)
         if PDL:
             # what follows COMPACT may start beside SCORE already: it has work that needs neither
             if SCORE:
                 tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
+        # two histograms a row, in turn: one is used while the other is cleared for the next call. A row's state is the
+        # turn of this call, which SCORE leaves for COMPACT, and that of the next
+        p_turn = p_state + i_row * 2
+        p_query += i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + i_query * stride_qm
+        # all that is fetched is on its way before the first of it is looked at
+        if SCORE:
+            b_line, b_matrix = load_query(p_query, tl.where(is_row, HEAD, 0), PADDED, LANES)
+            turn = tl.load(p_turn + 1, mask=is_row, other=0)
         # COMPACT reads these before it waits: SCORE has waited for whatever wrote them
         length = tl.load(p_length, cache_modifier=".cg").to(tl.int32)
         begin = i_row * 0
         if HAS_START:
-            begin = tl.load(p_start + i_batch, mask=i_row < num_rows, other=0, cache_modifier=".cg").to(tl.int32)
-        if PDL and COMPACT:
-            tl.extra.cuda.gdc_wait()
+            begin = tl.load(p_start + i_batch, mask=is_row, other=0, cache_modifier=".cg").to(tl.int32)
         if APPEND and i_row >= num_rows:
             if SCORE:
                 num_writers = tl.num_programs(0) - num_rows * num_splits
-                for i_item in tl.range(tl.program_id(0) - num_rows * num_splits, num_kv_items, num_writers):
-                    append_head(
-                        p_new_key,
-                        p_new_value,
-                        p_full_key,
-                        p_full_value,
-                        p_key_scale,
-                        p_value_scale,
-                        p_window_key,
-                        p_window_value,
-                        p_tables,
-                        p_start,
-                        i_item,
-                        length,
-                        num_kv_heads,
-                        q_len,
-                        num_sinks,
-                        ring,
-                        stride_nkb,
-                        stride_nkh,
-                        stride_nkn,
-                        stride_nvb,
-                        stride_nvh,
-                        stride_nvn,
-                        stride_fkb,
-                        stride_fkh,
-                        stride_fkn,
-                        stride_fvb,
-                        stride_fvh,
-                        stride_fvn,
-                        stride_scb,
-                        stride_sch,
-                        stride_wkb,
-                        stride_wkh,
-                        stride_wkn,
-                        stride_wvb,
-                        stride_wvh,
-                        stride_wvn,
-                        HEAD_DIM,
-                        BLOCK_D,
-                        HAS_START,
-                        KV_LIMIT,
-                    )
+                for i_item in tl.range(tl.program_id(0) - num_rows * num_splits, num_kv_items + num_rows, num_writers):
+                    if i_item >= num_kv_items:
+                        _append_row_index(
+                            p_new_index,
+                            p_key,
+                            p_scale,
+                            p_index_heads,
+                            i_item - num_kv_items,
+                            length,
+                            q_len,
+                            num_heads,
+                            stride_xb,
+                            stride_xh,
+                            stride_xn,
+                            stride_kb,
+                            stride_kh,
+                            stride_kn,
+                            stride_sb,
+                            stride_sh,
+                            stride_sn,
+                            HEAD,
+                            PADDED,
+                            INT8,
+                            BATCHED,
+                        )
+                    else:
+                        append_head(
+                            p_new_key,
+                            p_new_value,
+                            p_full_key,
+                            p_full_value,
+                            p_key_scale,
+                            p_value_scale,
+                            p_window_key,
+                            p_window_value,
+                            p_tables,
+                            p_start,
+                            i_item,
+                            length,
+                            num_kv_heads,
+                            q_len,
+                            num_sinks,
+                            ring,
+                            stride_nkb,
+                            stride_nkh,
+                            stride_nkn,
+                            stride_nvb,
+                            stride_nvh,
+                            stride_nvn,
+                            stride_fkb,
+                            stride_fkh,
+                            stride_fkn,
+                            stride_fvb,
+                            stride_fvh,
+                            stride_fvn,
+                            stride_scb,
+                            stride_sch,
+                            stride_wkb,
+                            stride_wkh,
+                            stride_wkn,
+                            stride_wvb,
+                            stride_wvh,
+                            stride_wvn,
+                            HEAD_DIM,
+                            BLOCK_D,
+                            HAS_START,
+                            KV_LIMIT,
+                        )
             return
         # keys up to the row's own, counted from the first real token
         num_seen = tl.maximum(length - begin - (q_len - 1 - i_query), 0)
         num_units = tl.cdiv(num_seen, BLOCK)
         # equal shares of the keys, in the smallest tiles that there are
         num_shared = tl.cdiv(num_seen, MIN_TILE)
-        share = num_shared // num_splits
+        share = ((num_shared * tl.cast(per_split, tl.int64)) >> 32).to(tl.int32)
         longer = num_shared - share * num_splits
         first_key = (share * i_split + tl.minimum(i_split, longer)) * MIN_TILE
         last_key = first_key + (share + (i_split < longer).to(tl.int32)) * MIN_TILE
@@ -243,35 +323,19 @@ if HAS_TRITON:
         p_tile_max += i_long * stride_tiles
         p_sums += i_long * num_splits * BINS
         p_peak += i_long * num_splits
-        # two histograms a row, in turn: one is used while the other is cleared for the next call. A row's state is the
-        # turn of this call, which SCORE leaves for COMPACT, and that of the next
-        p_turn = p_state + i_row * 2
-        turn = tl.load(p_turn + (1 if SCORE else 0))
+        if COMPACT:
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            turn = tl.load(p_turn)
         p_cleared = p_histogram + (i_long * 2 + 1 - turn) * SPAN
         p_histogram += (i_long * 2 + turn) * SPAN
-        if i_split == 0:
-            if SCORE:
-                tl.store(p_turn, turn)
-            else:
-                tl.store(p_turn + 1, 1 - turn)
         if SCORE:
             for i_bin in tl.range(i_split * BINS, SPAN, num_splits * BINS):
                 tl.store(p_cleared + i_bin + tl.arange(0, BINS), tl.zeros([BINS], dtype=tl.int32))
-            if APPEND and i_split == num_splits - 1:
-                for i_token in tl.range(0, q_len):
-                    append_index(
-                        p_new_index + i_batch * stride_xb + i_key * stride_xh + i_token * stride_xn,
-                        p_key + i_batch * stride_kb + i_key * stride_kh,
-                        p_scale + i_batch * stride_sb + i_key * stride_sh,
-                        length.to(tl.int64) - q_len + i_token,
-                        stride_kn,
-                        stride_sn,
-                        HEAD,
-                        PADDED,
-                        INT8,
-                    )
             score_range(
-                p_query + i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + i_query * stride_qm,
+                b_line,
+                b_matrix,
+                p_query,
                 p_key + i_batch * stride_kb + i_key * stride_kh + tl.cast(begin, tl.int64) * stride_kn,
                 p_scale + i_batch * stride_sb + i_key * stride_sh + begin * stride_sn,
                 p_codes,
@@ -312,31 +376,62 @@ if HAS_TRITON:
             # the last block may be short: count it as such, so that the floor holds whichever blocks are taken
             tail = num_seen - (num_units - 1) * BLOCK
             wanted = tl.minimum(tl.cdiv(min_tokens + BLOCK - tail, BLOCK), num_units)
-            compact_range(
-                p_codes,
-                p_tile_max + first_key // MIN_TILE,
-                p_histogram,
-                p_sums,
-                p_peak,
-                p_indices + i_long * stride_indices,
-                p_counts + i_row,
-                num_units,
-                wanted,
-                top_p,
-                i_split,
-                num_splits,
-                first_key // BLOCK,
-                tl.minimum(last_key // BLOCK, num_units),
-                GROUP,
-                GROUP * BLOCK // MIN_TILE,
-                BINS,
-                ZERO,
-                STEPS,
-                TILES,
-                WORDS,
-                SPLITS,
-                POPC,
-            )
+            p_tile_max += first_key // MIN_TILE
+            p_indices += i_long * stride_indices
+            first = first_key // BLOCK
+            stop = tl.minimum(last_key // BLOCK, num_units)
+            if LISTING == "":
+                compact_range(
+                    p_codes,
+                    p_tile_max,
+                    p_histogram,
+                    p_sums,
+                    p_peak,
+                    p_indices,
+                    p_counts + i_row,
+                    num_units,
+                    wanted,
+                    top_p,
+                    i_split,
+                    num_splits,
+                    first,
+                    stop,
+                    GROUP,
+                    GROUP * BLOCK // MIN_TILE,
+                    BINS,
+                    ZERO,
+                    STEPS,
+                    TILES,
+                    WORDS,
+                    SPLITS,
+                    POPC,
+                )
+            else:
+                compact_range_by_assembly(
+                    p_codes,
+                    p_tile_max,
+                    p_histogram,
+                    p_sums,
+                    p_peak,
+                    p_indices,
+                    p_counts + i_row,
+                    num_units,
+                    wanted,
+                    top_p,
+                    i_split,
+                    num_splits,
+                    first,
+                    stop,
+                    LISTING,
+                    LIST_CONSTRAINTS,
+                    THREADS,
+                    ZERO,
+                )
+        if i_split == 0:
+            if SCORE:
+                tl.store(p_turn, turn)
+            else:
+                tl.store(p_turn + 1, 1 - turn)
 
     @triton.jit
     def _select_all_kernel(
@@ -379,9 +474,10 @@ _SCORE_CONFIG = {
     "writers": 8,
     "assembly": True,
 }
-# of COMPACT, up to a number of units that a CTA lists: units listed at a time, warps, registers of a thread. With few
-# registers it may spill a little, but its CTAs find room beside SCORE's, and those of the attention beside both
-_COMPACT_CONFIG = ((1024, (1024, 4, 80)), (4096, (1024, 4, 88)), (1 << 31, (4096, 8, 88)))
+# of COMPACT: warps, up to a number of units that a CTA lists. With few registers its CTAs find room beside SCORE's, and
+# those of the attention beside both; without assembly it may spill a little
+_LIST_WARPS = ((8192, 4), (1 << 31, 8))
+_LIST_REGISTERS = {"assembly": 64, "compiler": 88}
 _STEPS = 8
 
 
@@ -499,6 +595,8 @@ def launch_select(
             block_size=block_size,
             device=device,
         )
+    # 16 codes are fetched at once
+    code_stride = 16 * ceil_div(blocks, 16)
     if rows > workspace.rows or rows * blocks > workspace.indices.numel():
         raise ValueError(
             f"the workspace holds {workspace.rows} rows and {workspace.indices.numel()} blocks, this step has {rows} "
@@ -522,7 +620,7 @@ def launch_select(
     writers = 0
     if new_tokens is not None:
         kv_items = batch * new_tokens.key.shape[1] * q_len
-        writers = min(kv_items, _SCORE_CONFIG["writers"])
+        writers = min(kv_items + rows, _SCORE_CONFIG["writers"])
     # with 8-bit keys less than a tile takes a CTA as long as a whole one
     least = tile if index_scale is not None else max(tile // 2, MIN_TILE_KEYS)
     splits = max(1, min((slots - writers) // rows, ceil_div(capacity, least)))
@@ -544,14 +642,14 @@ def launch_select(
         return selection
     # units that share the maximum from which their codes count: the keys of one warp, or a whole tile's blocks
     group = MIN_TILE_KEYS if block_size == 1 else tile // block_size
-    list_units, list_warps, list_registers = next(c for most, c in _COMPACT_CONFIG if blocks // splits <= most)
-    if not on_gpu:
-        list_units = 64
+    list_warps = next(warps for most, warps in _LIST_WARPS if blocks // splits <= most)
+    list_units = 1024 if on_gpu else 64
     threads = 32 * score_warps
     elements = max(tile // threads, 1)
     # counting by hand needs each score in one thread only, and a warp's in one group: the layout of a dot with 16 rows
     # a warp has that
-    assembly = _SCORE_CONFIG["assembly"] and on_gpu and block_size == 1 and tile == MIN_TILE_KEYS * score_warps
+    assembly = _SCORE_CONFIG["assembly"] and block_size == 1 and runs_assembly(device)
+    counting = assembly and tile == MIN_TILE_KEYS * score_warps
     scale = index_key if index_scale is None else index_scale
     # without an append the rest of the arguments is never read
     key = value = new_index = full_key = full_value = window_key = window_value = index_key
@@ -590,6 +688,7 @@ def launch_select(
         float(top_p),
         min_tokens,
         rows,
+        ceil_div(1 << 32, splits),
         kv_items,
         kv_heads,
         num_sinks,
@@ -606,7 +705,7 @@ def launch_select(
         scale.stride(0),
         scale.stride(1),
         scale.stride(2),
-        blocks,
+        code_stride,
         workspace.tiles,
         blocks,
         *key.stride()[:3],
@@ -638,21 +737,28 @@ def launch_select(
         "HAS_START": start is not None,
         "BATCHED": batch > 1,
         "STAGES": _score_stages(device),
-        "COUNTING": count_assembly(threads, elements, HISTOGRAM_BINS, HISTOGRAM_SPAN) if assembly else "",
-        "CONSTRAINTS": count_constraints(elements) if assembly else "",
+        "COUNTING": (
+            count_assembly(threads, elements, HISTOGRAM_BINS, HISTOGRAM_SPAN, HISTOGRAM_ZERO) if counting else ""
+        ),
+        "CONSTRAINTS": count_constraints(elements) if counting else "",
+        "LISTING": (
+            list_assembly(32 * list_warps, splits, HISTOGRAM_BINS, _STEPS, HISTOGRAM_ZERO, group, 1) if assembly else ""
+        ),
+        "LIST_CONSTRAINTS": LIST_CONSTRAINTS if assembly else "",
+        "THREADS": 32 * list_warps,
         "ELEMENTS": elements,
         "APPEND": new_tokens is not None,
         "HEAD_DIM": key.shape[3],
         "BLOCK_D": next_power_of_2(key.shape[3]),
         "MIN_TILE": MIN_TILE_KEYS,
         "GROUP": group,
-        # codes that are written together; what a share has past the last key no one reads
-        "WHOLE": 4 if blocks % 4 == 0 else 1,
+        # codes that are written together, all of one share; past the last key there are some that no one reads
+        "WHOLE": min(4, MIN_TILE_KEYS // block_size),
         "KV_LIMIT": 0.0 if key_scale is None else kv_limit(full_key),
     }
     phases = (
         ("SCORE", rows * splits + writers, score_warps, _SCORE_CONFIG["registers"]),
-        ("COMPACT", rows * splits, list_warps, list_registers),
+        ("COMPACT", rows * splits, list_warps, _LIST_REGISTERS["assembly" if assembly else "compiler"]),
     )
     for phase, ctas, warps, registers in phases:
         own = {"SCORE": phase == "SCORE", "COMPACT": phase == "COMPACT", "num_warps": warps, "maxnreg": registers}

@@ -73,7 +73,8 @@ class DecodeWorkspace:
         self.counts = torch.zeros(rows, dtype=torch.int32, device=device)
         # one for each MIN_TILE_KEYS keys, the last of them partial
         self.tiles = capacity // MIN_TILE_KEYS + 1
-        self.codes = torch.empty(rows * units, dtype=torch.uint8, device=device)
+        # rows of a multiple of 16; a few of the last may be read past their end
+        self.codes = torch.empty(rows * (units + 16) + 16, dtype=torch.uint8, device=device)
         self.tile_max = torch.empty(rows * self.tiles, dtype=torch.int32, device=device)
         splits = max(rows, self.ctas)
         self.histogram = torch.zeros(rows * 2 * HISTOGRAM_SPAN, dtype=torch.int32, device=device)
