@@ -17,7 +17,14 @@ from .append import append_head, append_index
 from .common import HAS_TRITON, ceil_div, next_power_of_2, tl, triton, use_triton
 from .kv_quant import kv_limit
 from .launches import launch_options
-from .select_assembly import LIST_CONSTRAINTS, count_assembly, count_constraints, list_assembly, runs_assembly
+from .select_assembly import (
+    LIST_CONSTRAINTS,
+    count_assembly,
+    count_constraints,
+    counts_by_assembly,
+    list_assembly,
+    lists_by_assembly,
+)
 from .selection import Selection, select_top_p_reference
 from .workspace import (
     HISTOGRAM_BINS,
@@ -472,7 +479,6 @@ _SCORE_CONFIG = {
     "stages": 3,
     "registers": 96,
     "writers": 8,
-    "assembly": True,
 }
 # of COMPACT: warps, up to a number of units that a CTA lists. With few registers its CTAs find room beside SCORE's, and
 # those of the attention beside both; without assembly it may spill a little
@@ -648,8 +654,8 @@ def launch_select(
     elements = max(tile // threads, 1)
     # counting by hand needs each score in one thread only, and a warp's in one group: the layout of a dot with 16 rows
     # a warp has that
-    assembly = _SCORE_CONFIG["assembly"] and block_size == 1 and runs_assembly(device)
-    counting = assembly and tile == MIN_TILE_KEYS * score_warps
+    counting = block_size == 1 and tile == MIN_TILE_KEYS * score_warps and counts_by_assembly(device)
+    listing = block_size == 1 and lists_by_assembly(device)
     scale = index_key if index_scale is None else index_scale
     # without an append the rest of the arguments is never read
     key = value = new_index = full_key = full_value = window_key = window_value = index_key
@@ -742,9 +748,9 @@ def launch_select(
         ),
         "CONSTRAINTS": count_constraints(elements) if counting else "",
         "LISTING": (
-            list_assembly(32 * list_warps, splits, HISTOGRAM_BINS, _STEPS, HISTOGRAM_ZERO, group, 1) if assembly else ""
+            list_assembly(32 * list_warps, splits, HISTOGRAM_BINS, _STEPS, HISTOGRAM_ZERO, group, 1) if listing else ""
         ),
-        "LIST_CONSTRAINTS": LIST_CONSTRAINTS if assembly else "",
+        "LIST_CONSTRAINTS": LIST_CONSTRAINTS if listing else "",
         "THREADS": 32 * list_warps,
         "ELEMENTS": elements,
         "APPEND": new_tokens is not None,
@@ -758,7 +764,7 @@ def launch_select(
     }
     phases = (
         ("SCORE", rows * splits + writers, score_warps, _SCORE_CONFIG["registers"]),
-        ("COMPACT", rows * splits, list_warps, _LIST_REGISTERS["assembly" if assembly else "compiler"]),
+        ("COMPACT", rows * splits, list_warps, _LIST_REGISTERS["assembly" if listing else "compiler"]),
     )
     for phase, ctas, warps, registers in phases:
         own = {"SCORE": phase == "SCORE", "COMPACT": phase == "COMPACT", "num_warps": warps, "maxnreg": registers}

@@ -18,10 +18,19 @@ _ALL = 0xFFFFFFFF
 
 
 @lru_cache(maxsize=64)
-def runs_assembly(device: torch.device) -> bool:
-    """Whether `device` runs this PTX: NVIDIA's from compute capability 8.0 on, which reduce over a warp at once."""
+def lists_by_assembly(device: torch.device) -> bool:
+    """Whether `device` runs `list_assembly`: NVIDIA's from compute capability 8.0 on: they sum over a warp at once."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return nvidia and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@lru_cache(maxsize=64)
+def counts_by_assembly(device: torch.device) -> bool:
+    """Whether `device` runs `count_assembly`: not where the compiler makes two copies of a loop of products.
+
+    Triton 3.8 and later do for capability 10.0, and one of them would declare the shared memory again.
+    """
+    return lists_by_assembly(device) and torch.cuda.get_device_capability(device)[0] in (8, 9)
 
 
 def _text(lines: list[str], operands: list[str]) -> str:

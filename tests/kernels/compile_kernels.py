@@ -155,6 +155,7 @@ def decode(
     top_p: float = 0.9,
     padded: bool = False,
     special: bool = False,
+    index_dim: int = INDEX_DIM,
 ) -> None:
     from rtpurbo_hf.kernels.decode import decode_step
     from rtpurbo_hf.kernels.workspace import DecodeWorkspace
@@ -162,13 +163,13 @@ def decode(
     heads, count, dim = geometry.retrieval, len(geometry.retrieval), geometry.head_dim
     full = sorted(set(geometry.rows(heads)))
     ring = [kv for kv in range(geometry.kv_heads) if kv not in full]
-    index = _empty(batch, count, LENGTH, INDEX_DIM, dtype=torch.int8 if int8 else BF16)
+    index = _empty(batch, count, LENGTH, index_dim, dtype=torch.int8 if int8 else BF16)
     decode_step(
         _empty(batch, geometry.query_heads, queries, dim),
         _empty(batch, geometry.kv_heads, queries, dim),
         _empty(batch, geometry.kv_heads, queries, dim),
-        _empty(batch, count, queries, INDEX_DIM),
-        _empty(batch, count, queries, INDEX_DIM),
+        _empty(batch, count, queries, index_dim),
+        _empty(batch, count, queries, index_dim),
         _empty(batch, len(full), LENGTH, dim),
         _empty(batch, len(full), LENGTH, dim),
         index,
@@ -306,7 +307,7 @@ def cases() -> Iterator[Case]:
     tested: dict[Callable[..., None], tuple[int, ...]] = {
         local_prefill: (80, 90),
         sparse_prefill: (80, 90),
-        decode: (90,),
+        decode: (90, 100),
         step_inputs: (90,),
         prefill_inputs: (80, 90),
         stage_one_loss: (90,),
@@ -323,7 +324,9 @@ def cases() -> Iterator[Case]:
         yield Case(f"{call.__name__} {PAPER} softcap", partial(call, PAPER, special=True))
     yield Case(f"local_prefill {PAPER} sinks apart", partial(local_prefill, PAPER, apart=True))
     yield Case(f"local_prefill {PAPER} fp32", partial(local_prefill, PAPER, dtype=torch.float32))
-    yield Case(f"decode {PAPER} int8 index", partial(decode, PAPER, int8=True))
+    yield Case(f"decode {PAPER} int8 index", partial(decode, PAPER, int8=True), (90,))
+    for index_dim in (4, 8, 32, 64):
+        yield Case(f"decode {PAPER} index of {index_dim}", partial(decode, PAPER, index_dim=index_dim))
     yield Case(f"decode {PAPER} all selected", partial(decode, PAPER, top_p=1.0), (90,))
     yield Case(f"decode {PAPER} batch 4", partial(decode, PAPER, batch=4))
     yield Case(f"decode {PAPER} 4 queries", partial(decode, PAPER, queries=4))
@@ -369,12 +372,12 @@ def compile_cases(capabilities: tuple[int, ...], *, everything: bool, only: str 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every case, not only the test's")
-    parser.add_argument("--capability", type=int, action="append", choices=SHARED_LIMIT, help="default: 80 and 90")
+    parser.add_argument("--capability", type=int, action="append", choices=SHARED_LIMIT, help="default: all of them")
     parser.add_argument("--case", default="", help="only cases whose label holds this text")
     parser.add_argument("--output", type=argparse.FileType("w"), help="write the rows here, as JSON")
     options = parser.parse_args()
     rows, began = [], time.process_time()
-    for row in compile_cases(tuple(options.capability or (80, 90)), everything=options.all, only=options.case):
+    for row in compile_cases(tuple(options.capability or SHARED_LIMIT), everything=options.all, only=options.case):
         rows.append(row)
         print(*row.values(), sep="\t", flush=True)
     print(f"{len(rows)} kernels, {time.process_time() - began:.0f} s of this process", file=sys.stderr)
