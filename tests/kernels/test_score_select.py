@@ -11,6 +11,9 @@ from rtpurbo_hf.kernels.workspace import DecodeWorkspace
 
 # a bin is 1/8 octave wide: the listed mass may be taken for that much less, the rest for that much more
 SLACK = 2.0 ** (2 / 8)
+# on a GPU in half precision, for which its kernels are
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLACE = {"device": DEVICE} | ({"dtype": torch.float16} if DEVICE == "cuda" else {})
 
 
 def scores_of(case: Case) -> torch.Tensor:
@@ -21,8 +24,8 @@ def scores_of(case: Case) -> torch.Tensor:
 
 
 def valid_of(case: Case) -> torch.Tensor:
-    slots = torch.arange(case.length)
-    first = torch.zeros(case.batch, 1, 1) if case.start is None else case.start[:, None, None]
+    slots = torch.arange(case.length, device=DEVICE)
+    first = torch.zeros(case.batch, 1, 1, device=DEVICE) if case.start is None else case.start[:, None, None]
     valid = (slots <= case.q_slots()[:, None]) & (slots >= first)
     return valid[:, None].expand(-1, len(case.retrieval_heads), -1, -1)
 
@@ -35,8 +38,8 @@ def mask_of(case: Case, selection: Selection, block_size: int) -> torch.Tensor:
 def block_log_masses(case: Case, scores: torch.Tensor, valid: torch.Tensor, block_size: int) -> torch.Tensor:
     """log2 of the softmax mass of the block that each slot belongs to, `[B, n, M, N]`."""
     log_mass = torch.log_softmax(scores.double().masked_fill(~valid, float("-inf")), -1)
-    first = torch.zeros(case.batch, 1) if case.start is None else case.start[:, None]
-    block = ((torch.arange(case.length) - first).clamp_min(0) // block_size).long()[:, None, None]
+    first = torch.zeros(case.batch, 1, device=DEVICE) if case.start is None else case.start[:, None]
+    block = ((torch.arange(case.length, device=DEVICE) - first).clamp_min(0) // block_size).long()[:, None, None]
     block = block.expand_as(scores)
     total = torch.zeros_like(log_mass).scatter_add_(-1, block, log_mass.exp().nan_to_num())
     return total.log2().gather(-1, block)
@@ -88,7 +91,7 @@ CASES = {
 @pytest.mark.parametrize("block_size", [1, 16, 64])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_kernels_keep_their_promises(case: dict, block_size: int) -> None:
-    case = Case(**case)
+    case = Case(**(PLACE | case))
     case.fill(step=case.length)
     arguments = case.select_arguments(block_size=block_size, min_tokens=6)
     selection = select_top_p(case.index_query, case.index_key, backend="triton", **arguments)
@@ -98,7 +101,7 @@ def test_kernels_keep_their_promises(case: dict, block_size: int) -> None:
 @pytest.mark.parametrize("block_size", [1, 16])
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
 def test_reference_is_the_exact_set(top_p: float, block_size: int) -> None:
-    case = Case(111, q_len=3, batch=3, padding=(0, 7, 30))
+    case = Case(111, q_len=3, batch=3, padding=(0, 7, 30), **PLACE)
     case.fill(step=case.length)
     arguments = case.select_arguments(block_size=block_size, top_p=top_p, min_tokens=5)
     selection = select_top_p(case.index_query, case.index_key, backend="reference", **arguments)
@@ -115,7 +118,7 @@ def test_reference_is_the_exact_set(top_p: float, block_size: int) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_p_of_one_selects_everything_seen(backend: str) -> None:
-    case = Case(83, q_len=3, batch=2, padding=(11, 0))
+    case = Case(83, q_len=3, batch=2, padding=(11, 0), **PLACE)
     case.fill(step=case.length)
     arguments = case.select_arguments(top_p=1.0, block_size=16)
     selection = select_top_p(case.index_query, case.index_key, backend=backend, **arguments)
@@ -144,7 +147,7 @@ PLANTED = {
 @pytest.mark.parametrize("top_p", [0.2, 0.9, 0.999])
 @pytest.mark.parametrize("scores", PLANTED.values(), ids=PLANTED)
 def test_planted_scores(scores: torch.Tensor, top_p: float) -> None:
-    case = Case(200)
+    case = Case(200, **PLACE)
     case.fill(step=case.length)
     planted(case, scores)
     arguments = case.select_arguments(top_p=top_p)
@@ -159,7 +162,7 @@ def test_planted_scores(scores: torch.Tensor, top_p: float) -> None:
 
 @pytest.mark.parametrize("floor", [1, 50, 199, 200, 5000])
 def test_floor_below_the_histogram_takes_the_latest(floor: int) -> None:
-    case = Case(200)
+    case = Case(200, **PLACE)
     case.fill(step=case.length)
     planted(case, PLANTED["one token has it all"])
     arguments = case.select_arguments(min_tokens=floor)
@@ -172,10 +175,10 @@ def test_floor_below_the_histogram_takes_the_latest(floor: int) -> None:
 
 
 def test_workspace_is_reused_and_too_small_is_refused() -> None:
-    case = Case(63)
+    case = Case(63, **PLACE)
     case.fill(step=case.length)
     sizes = {"batch": 1, "retrieval_heads": 2, "queries": 1, "query_heads": 6, "kv_heads": 3, "head_dim": 16}
-    workspace = DecodeWorkspace(capacity=70, block_size=1, device="cpu", **sizes)
+    workspace = DecodeWorkspace(capacity=70, block_size=1, device=DEVICE, **sizes)
     counts = []
     for _ in range(3):
         selection = select_top_p(
@@ -185,13 +188,13 @@ def test_workspace_is_reused_and_too_small_is_refused() -> None:
         counts.append(selection.counts.clone())
     assert torch.equal(counts[0], counts[1])
     assert torch.equal(counts[0], counts[2])
-    small = DecodeWorkspace(capacity=16, block_size=1, device="cpu", **sizes)
+    small = DecodeWorkspace(capacity=16, block_size=1, device=DEVICE, **sizes)
     with pytest.raises(ValueError, match="workspace holds"):
         select_top_p(case.index_query, case.index_key, backend="triton", workspace=small, **case.select_arguments())
 
 
 def test_bad_input_is_named() -> None:
-    case = Case(20)
+    case = Case(20, **PLACE)
     case.fill(step=20)
     with pytest.raises(ValueError, match="block_size must be"):
         select_top_p(case.index_query, case.index_key, **case.select_arguments(block_size=7))
@@ -202,7 +205,7 @@ def test_bad_input_is_named() -> None:
 
 
 def test_reference_reads_int8_keys_with_their_scales() -> None:
-    case = Case(120, int8=True)
+    case = Case(120, int8=True, **PLACE)
     case.fill(step=120)
     plain = case.index_key.float() * case.index_scale.float()[..., None]
     arguments = case.select_arguments()
