@@ -652,8 +652,8 @@ def launch_select(
     list_units = 1024 if on_gpu else 64
     threads = 32 * score_warps
     elements = max(tile // threads, 1)
-    # counting by hand needs each score in one thread only, and a warp's in one group: a product of tensor cores, 16 rows
-    # a warp, leaves them so
+    # counting by hand needs each score in one thread only, and a warp's in one group: tensor cores, with 16 rows
+    # a warp, leave them so
     rows_of_16 = tile == MIN_TILE_KEYS * score_warps and index_key.dtype != torch.float32
     counting = block_size == 1 and rows_of_16 and counts_by_assembly(device)
     listing = block_size == 1 and lists_by_assembly(device)
