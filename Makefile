@@ -126,6 +126,7 @@ $(RESULTS)/topics: | $(TOOL)
 
 results-kernels: $(TOOL)
 	$(RTPURBO) bench kernels --preset paper --name kernels-h100 --output $(RESULTS)
+	$(RTPURBO) bench kernels --preset full --only decode --name decode-geometries-h100 --output $(RESULTS)
 
 results-model: $(TOOL)
 	$(RTPURBO) bench model --preset paper --name model-h100 --output $(RESULTS)

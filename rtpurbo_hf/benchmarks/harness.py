@@ -254,8 +254,9 @@ def table(rows: Sequence[Row], *, extra: Sequence[str] = ("geometry", "batch", "
     )
 
 
-def _label(row: Row) -> str:
-    parts = [row.case, str(row.extra.get("geometry", ""))]
+def _place(row: Row) -> str:
+    """What a row was measured on: geometry, batch, share of retrieval heads."""
+    parts = [str(row.extra.get("geometry", ""))]
     if row.extra.get("batch", 1) != 1:
         parts.append(f"batch {row.extra['batch']}")
     if row.ratio is not None:
@@ -264,30 +265,49 @@ def _label(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """Speed-up and share of the roofline by length, where rows have them, one line a case; needs matplotlib."""
+    """Speed-up and share of the roofline by length, where rows have them; needs matplotlib.
+
+    One line for a case on what it was measured on, the same in both panels: colours are cases, or where there are
+    several places these, with a mark for each case.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     known = (("speed-up over the peer", "speedup"), ("share of the measured ceiling", "roofline"))
     panels = [panel for panel in known if any(getattr(row, panel[1]) is not None for row in rows)] or known[:1]
+    cases, places = (list(dict.fromkeys(names)) for names in ([r.case for r in rows], [_place(r) for r in rows]))
+    by_place = len({(row.case, _place(row)) for row in rows}) > 10
+    colour = {name: f"C{i % 10}" for i, name in enumerate(places if by_place else cases)}
+    mark = {name: "os^vDPX*<>"[i % 10] for i, name in enumerate(cases if by_place else places)}
     size = (6.5 * len(panels), 5)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axis, (label, name) in zip(axes[0], panels, strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
+        lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
         for row in rows:
             value = getattr(row, name)
             if value is not None:
-                lines.setdefault(_label(row), []).append((row.length, value))
-        for series, points in lines.items():
-            points.sort()
-            axis.plot([point[0] for point in points], [point[1] for point in points], marker="o", label=series)
+                lines.setdefault((row.case, _place(row)), []).append((row.length, value))
+        for (case, place), points in lines.items():
+            style = {"color": colour[place], "marker": mark[case]} if by_place else {}
+            style = style or {"color": colour[case], "marker": mark[place], "label": f"{case} {place}".strip()}
+            axis.plot(*zip(*sorted(points), strict=True), markersize=5, **style)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("length (tokens)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        if 0 < len(lines) <= 16:
+        if by_place:
+            shown = [Line2D([], [], color=colour[each], label=each) for each in places]
+            drawn = {case for case, _ in lines}
+            shown += [
+                Line2D([], [], color="grey", marker=mark[each], linestyle="", label=each)
+                for each in cases
+                if each in drawn
+            ]
+            axis.legend(handles=shown, fontsize=7)
+        elif lines:
             axis.legend(fontsize=7)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
