@@ -15,13 +15,14 @@ BENCH ?= kernels --output build/bench
 export PYTHONDONTWRITEBYTECODE :=
 
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest lint format typecheck bench clean results results-kernels results-model results-training \
+.PHONY: help demo test test-lowest sanitize lint format typecheck bench clean results results-kernels results-model results-training \
 	results-smollm2-8k results-even results-recipes results-heads results-stage2 results-gemma3-32k results-gemma3-index results-ablation results-sparse-prefill
 
 help:
 	@echo "make demo       adapt SmolLM2-135M to RTPurbo on this machine, report in build/demo (STAGES=1,2: stage 2 as well)"
 	@echo "make test       lint, type checks and all tests"
 	@echo "make test-lowest   what depends on transformers, on the lowest version that setup.cfg declares"
+	@echo "make sanitize   memory and race checker over the kernels of the selection (needs an NVIDIA GPU, CUDA's compute-sanitizer)"
 	@echo "make lint       ruff: rules and formatting"
 	@echo "make format     let ruff format the code"
 	@echo "make typecheck  mypy"
@@ -64,6 +65,15 @@ $(VENV)-lowest/.installed: Makefile $(VENV)/.installed-test
 test-lowest: $(VENV)-lowest/.installed
 	PYTHONPATH="$(abspath $(VENV)-lowest/site-packages)" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n 2 --dist loadfile $(CONTRACT)
+
+# Other tests that launch kernels at small sizes: SANITIZED="tests/kernels/test_sink_window.py".
+SANITIZED ?= tests/kernels/test_score_select.py -k "(promises and (1000 or padded or int8 or shared)) or below or planted"
+SANITIZER ?= compute-sanitizer
+SANITIZE := $(SANITIZER) --error-exitcode 1 --target-processes all
+
+sanitize: $(VENV)/.installed-test
+	$(SANITIZE) --tool memcheck $(BIN)/python -m pytest -x -p no:cacheprovider $(SANITIZED)
+	$(SANITIZE) --tool racecheck $(BIN)/python -m pytest -x -p no:cacheprovider $(SANITIZED)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check $(CHECKED)
