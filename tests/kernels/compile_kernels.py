@@ -351,6 +351,7 @@ def _row(case: Case, capability: int, launch: Launch, *, disassemble: bool) -> d
         "shared": launch.shared,
         "declared": launch.declared,
         "assembly_warps": launch.assembly_warps,
+        "assembly_sizes": launch.assembly_sizes,
         "instructions": launch.instructions if disassemble else None,
         "ptx": _ptx_hash(launch.ptx),
     }

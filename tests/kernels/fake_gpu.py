@@ -63,13 +63,25 @@ class Launch:
         return sum(int(bits) // 8 * int(count) for bits, count in sizes)
 
     @cached_property
+    def _assembly_layout(self) -> str:
+        """The layout of what inline assembly with shared memory gets; empty without any."""
+        found = re.search(r'elementwise_inline_asm "\.shared[^\n]*-> tensor<[0-9x]+xi32, (#\w+)>', self.layouts)
+        layout = found and re.search(rf"^{found[1]} = .*", self.layouts, re.MULTILINE)
+        return layout[0] if layout else ""
+
+    def _of_layout(self, name: str) -> list[int] | None:
+        found = re.search(rf"{name} = \[([\d, ]+)\]", self._assembly_layout)
+        return [int(number) for number in found[1].split(",")] if found else None
+
+    @property
     def assembly_warps(self) -> list[int] | None:
         """How warps lie over the rows and columns that inline assembly with shared memory gets; None without any."""
-        found = re.search(r'elementwise_inline_asm "\.shared[^\n]*-> tensor<[0-9x]+xi32, (#\w+)>', self.layouts)
-        if found is None:
-            return None
-        layout = re.search(rf"^{found[1]} = .*warpsPerCTA = \[([\d, ]+)\]", self.layouts, re.MULTILINE)
-        return [int(warps) for warps in layout[1].split(",")] if layout else []
+        return self._of_layout("warpsPerCTA")
+
+    @property
+    def assembly_sizes(self) -> list[int] | None:
+        """How many values a thread has there in each direction; None where the layout is a product's."""
+        return self._of_layout("sizePerThread")
 
     @cached_property
     def instructions(self) -> int:

@@ -73,7 +73,7 @@ def test_assembly_gets_what_it_relies_on(compiled):
     assert all(row["assembly_warps"] == [row["warps"], 1] for row in counting)
     listing = [row for row in declaring if not row["shared"]]
     assert listing
-    assert all(row["assembly_warps"] == [row["warps"]] for row in listing)
+    assert all((row["assembly_warps"], row["assembly_sizes"]) == ([row["warps"]], [1]) for row in listing)
 
 
 def test_registers_suffice(compiled):
