@@ -15,16 +15,11 @@ import torch
 
 from .append import append_head, append_index
 from .common import HAS_TRITON, ceil_div, next_power_of_2, tl, triton, use_triton
+from .count_assembly import count_assembly, count_constraints, counts_by_assembly
 from .kv_quant import kv_limit
 from .launches import launch_options
-from .select_assembly import (
-    LIST_CONSTRAINTS,
-    count_assembly,
-    count_constraints,
-    counts_by_assembly,
-    list_assembly,
-    lists_by_assembly,
-)
+from .list_assembly import LIST_CONSTRAINTS, list_assembly
+from .ptx import sums_over_warps
 from .selection import Selection, select_top_p_reference
 from .workspace import (
     HISTOGRAM_BINS,
@@ -656,7 +651,7 @@ def launch_select(
     # a warp, leave them so
     rows_of_16 = tile == MIN_TILE_KEYS * score_warps and index_key.dtype != torch.float32
     counting = block_size == 1 and rows_of_16 and counts_by_assembly(device)
-    listing = block_size == 1 and lists_by_assembly(device)
+    listing = block_size == 1 and sums_over_warps(device)
     scale = index_key if index_scale is None else index_scale
     # without an append the rest of the arguments is never read
     key = value = new_index = full_key = full_value = window_key = window_value = index_key

@@ -6,8 +6,9 @@ import pytest
 import torch
 from ptx_program import WORD, Program, as_bits
 
+from rtpurbo_hf.kernels.count_assembly import NO_STEP, count_assembly
+from rtpurbo_hf.kernels.list_assembly import list_assembly
 from rtpurbo_hf.kernels.score_select import _STEPS
-from rtpurbo_hf.kernels.select_assembly import NO_STEP, count_assembly, list_assembly
 from rtpurbo_hf.kernels.workspace import HISTOGRAM_BINS, HISTOGRAM_SPAN, HISTOGRAM_ZERO
 
 ELEMENTS, GROUP = 4, 128

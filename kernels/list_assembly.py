@@ -1,186 +1,13 @@
-"""PTX for the two phases of `score_select.py` on NVIDIA GPUs, where the compiler takes several times the instructions.
-
-With so few warps on a multiprocessor each instruction of a warp waits for the one before it: their number is the time.
-The interpreter of Triton cannot run them; `tests/kernels/ptx_program.py` does. `$name` in the lines is an operand.
-"""
+"""The whole of `compact_range.py` in PTX (`ptx.py`)."""
 
 from __future__ import annotations
 
-import re
-import struct
 from functools import lru_cache
 
-import torch
+from .count_assembly import NO_STEP
+from .ptx import ALL_LANES, WHO, address, float_literal, numbered, running_sum
 
-# below every step
-NO_STEP = -32768
-_ALL = 0xFFFFFFFF
-
-
-@lru_cache(maxsize=64)
-def lists_by_assembly(device: torch.device) -> bool:
-    """Whether `device` runs `list_assembly`: NVIDIA's from compute capability 8.0 on: they sum over a warp at once."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device)[0] >= 8
-
-
-@lru_cache(maxsize=64)
-def counts_by_assembly(device: torch.device) -> bool:
-    """Whether `device` runs `count_assembly`: not where the compiler makes two copies of a loop of products.
-
-    Triton 3.8 and later do for capability 10.0, and one of them would declare the shared memory again.
-    """
-    return lists_by_assembly(device) and torch.cuda.get_device_capability(device)[0] in (8, 9)
-
-
-def _text(lines: list[str], operands: list[str]) -> str:
-    numbers = {name: f"${i}" for i, name in enumerate(operands)}
-    return re.sub(r"\$([a-z_]+\d*)", lambda found: numbers[found[1]], "\n".join(lines))
-
-
-def _float(number: float) -> str:
-    """An fp32 number as PTX writes it."""
-    return "0f" + struct.pack(">f", number).hex().upper()
-
-
-def _at(array: str, index: str) -> list[str]:
-    """`at` becomes the address of a number in shared memory."""
-    return [f"mov.u32 at, {array};", f"mad.lo.u32 at, {index}, 4, at;"]
-
-
-def _running_sum(value: str, kind: str) -> list[str]:
-    """`value` becomes its sum over the lanes up to each; takes `other` and `use`."""
-    lines = []
-    for step in (1, 2, 4, 8, 16):
-        lines += [f"shfl.sync.up.b32 other|use, {value}, {step}, 0, {_ALL};"]
-        lines += [f"@use add.{kind} {value}, {value}, other;"]
-    return lines
-
-
-_WHO = ["mov.u32 mine, %tid.x;", "and.b32 lane, mine, 31;", "shr.u32 warp, mine, 5;"]
-_COUNT_INPUTS = {
-    "place": "r",
-    "counts": "r",
-    "call": "r",
-    "top": "r",
-    "tops": "l",
-    "all": "l",
-    "sums": "l",
-    "peak": "l",
-}
-
-
-@lru_cache(maxsize=8)
-def count_constraints(elements: int) -> str:
-    return ",".join(["=&r"] * elements + [kind for kind in _COUNT_INPUTS.values() for _ in range(elements)])
-
-
-@lru_cache(maxsize=8)
-def count_assembly(threads: int, elements: int, bins: int, places: int, zero: int) -> str:
-    """Counts how often each of `places` steps occurs, over all calls of a program, in shared memory.
-
-    Inputs, for the `elements` values of each of `threads` threads:
-        place: a step, and `zero` more. counts: whether it counts.
-        call: 1 in the first call, 2 in the last, 3 if it is both.
-        top: the largest step of the warp. tops: address of where the first warp's is to be stored.
-        all: address of the counts of all programs, to which the last call adds.
-        sums: of where the last call stores `bins` running sums, from the largest step of all calls down.
-        peak: of where it stores that step.
-    The outputs are 0.
-
-    The shared memory is declared outside of a scope: a compiler that copied the call would not get two of them unseen.
-    It comes before the compiler's own, which is to begin at a multiple of 1 KiB: it is one of that size.
-    """
-    own, warps = bins // threads, threads // 32
-    # behind the counts: the largest step, and a number of each warp
-    size = -(-(places + 1 + warps) // 256) * 256
-    largest, totals = 4 * places, 4 * places + 4
-    lines = [
-        f".shared .align 16 .b32 counts[{size}];",
-        "{",
-        ".reg .pred use;",
-        ".reg .b32 mine, lane, warp, base, at, value, other, sum, top;",
-        ".reg .b64 there;",
-        f".reg .b32 held<{own}>;",
-        *_WHO,
-        "mov.u32 base, counts;",
-        "and.b32 value, $call0, 1;",
-        "setp.eq.b32 use, value, 0;",
-        "@use bra COUNT;",
-        *_at("counts", "mine"),
-        *(f"st.shared.b32 [at + {4 * threads * i}], 0;" for i in range(places // threads)),
-        "setp.eq.b32 use, mine, 0;",
-        f"@use st.shared.b32 [counts + {largest}], {NO_STEP};",
-        "bar.sync 0;",
-        "COUNT:",
-        # the first lane of a warp stores its largest, unless the warp's first value does not count
-        "setp.eq.b32 use, lane, 0;",
-        "setp.ne.and.b32 use, $counts0, 0, use;",
-        "mad.wide.u32 there, warp, 4, $tops0;",
-        "@use st.global.b32 [there], $top0;",
-        f"@use red.shared.max.s32 [counts + {largest}], $top0;",
-    ]
-    for i in range(elements):
-        lines += [
-            f"setp.ne.b32 use, $counts{i}, 0;",
-            f"mad.lo.u32 at, $place{i}, 4, base;",
-            "@use red.shared.add.u32 [at], 1;",
-            f"mov.b32 $out{i}, 0;",
-        ]
-    lines += [
-        "and.b32 value, $call0, 2;",
-        "setp.eq.b32 use, value, 0;",
-        "@use bra DONE;",
-        "bar.sync 0;",
-        f"ld.shared.b32 top, [counts + {largest}];",
-    ]
-    # a thread's own steps follow one another, from the largest down
-    for i in range(own):
-        lines += [
-            f"mad.lo.s32 value, mine, {-own}, top;",
-            f"add.s32 value, value, {zero - i};",
-            "setp.ge.s32 use, value, 0;",
-            "mad.lo.u32 at, value, 4, base;",
-            f"mov.b32 held{i}, 0;",
-            f"@use ld.shared.b32 held{i}, [at];",
-            *([f"add.u32 held{i}, held{i}, held{i - 1};"] if i else []),
-        ]
-    lines += [
-        f"mov.b32 sum, held{own - 1};",
-        *_running_sum("sum", "u32"),
-        "setp.eq.b32 use, lane, 31;",
-        *_at("counts", "warp"),
-        f"@use st.shared.b32 [at + {totals}], sum;",
-        f"sub.u32 sum, sum, held{own - 1};",
-        "setp.eq.b32 use, mine, 0;",
-        "@use st.global.b32 [$peak0], top;",
-        *_at("counts", "mine"),
-        "mad.wide.u32 there, mine, 4, $all0;",
-    ]
-    for i in range(places // threads):
-        lines += [
-            f"ld.shared.b32 value, [at + {4 * threads * i}];",
-            "setp.ne.b32 use, value, 0;",
-            f"@use red.global.add.u32 [there + {4 * threads * i}], value;",
-        ]
-    lines += [
-        "bar.sync 0;",
-        # what the warps before have
-        "setp.lt.u32 use, lane, warp;",
-        *_at("counts", "lane"),
-        "mov.b32 other, 0;",
-        f"@use ld.shared.b32 other, [at + {totals}];",
-        f"redux.sync.add.u32 other, other, {_ALL};",
-        "add.u32 sum, sum, other;",
-        f"mad.wide.u32 there, mine, {4 * own}, $sums0;",
-    ]
-    for i in range(own):
-        lines += [f"add.u32 value, sum, held{i};", f"st.global.b32 [there + {4 * i}], value;"]
-    operands = [f"{name}{i}" for name in ("out", *_COUNT_INPUTS) for i in range(elements)]
-    return _text([*lines, "DONE:", "}"], operands)
-
-
-_LIST_INPUTS = {
+_INPUTS = {
     "codes": "l",
     "tops": "l",
     "histogram": "l",
@@ -196,7 +23,7 @@ _LIST_INPUTS = {
     "first": "r",
     "stop": "r",
 }
-LIST_CONSTRAINTS = ",".join(["=r", *_LIST_INPUTS.values()])
+LIST_CONSTRAINTS = ",".join(["=r", *_INPUTS.values()])
 
 
 @lru_cache(maxsize=32)
@@ -231,7 +58,7 @@ def list_assembly(threads: int, splits: int, bins: int, steps: int, zero: int, g
         f".reg .b32 peak<{of_lane}>, earlier<{of_thread}>, count<{own}>, weight<{own}>;",
         ".reg .b64 there;",
         f".reg .pred is_earlier<{of_thread}>;",
-        *_WHO,
+        *WHO,
         f"setp.lt.u32 few, lane, {warps};",
         "setp.lt.u32 fewer, lane, warp;",
     ]
@@ -284,23 +111,23 @@ def list_assembly(threads: int, splits: int, bins: int, steps: int, zero: int, g
         *_mask_codes(bins),
         "popc.b32 size, mask;",
         "mov.b32 before, size;",
-        *_running_sum("before", "u32"),
-        f"redux.sync.add.u32 sum, sum, {_ALL};",
+        *running_sum("before", "u32"),
+        f"redux.sync.add.u32 sum, sum, {ALL_LANES};",
         "setp.eq.b32 use, lane, 31;",
-        *_at("sizes", "warp"),
+        *address("sizes", "warp"),
         "add.u32 at, at, buffer;",
         "@use st.shared.b32 [at], before;",
         f"@use st.shared.b32 [at + {4 * warps}], sum;",
         "mov.b32 sum, 0;",
         "bar.sync 0;",
-        *_at("sizes", "lane"),
+        *address("sizes", "lane"),
         "add.u32 at, at, buffer;",
         "mov.b32 other, 0;",
         f"setp.lt.u32 use, lane, {2 * warps};",
         "@use ld.shared.b32 other, [at];",
         "selp.b32 value, other, 0, part_or_fewer;",
-        f"redux.sync.add.u32 value, value, {_ALL};",
-        f"redux.sync.add.u32 other, other, {_ALL};",
+        f"redux.sync.add.u32 value, value, {ALL_LANES};",
+        f"redux.sync.add.u32 other, other, {ALL_LANES};",
         "add.u32 offset, listed, value;",
         "add.u32 offset, offset, before;",
         "sub.u32 offset, offset, size;",
@@ -339,7 +166,7 @@ def list_assembly(threads: int, splits: int, bins: int, steps: int, zero: int, g
         "mov.b32 $out, 0;",
         "}",
     ]
-    return _text(lines, ["out", *_LIST_INPUTS])
+    return numbered(lines, ["out", *_INPUTS])
 
 
 def _fetch_codes(threads: int, group: int, apart: int) -> list[str]:
@@ -387,11 +214,11 @@ def _find_cut(own: int, warps: int, of_lane: int, bins: int, steps: int, zero: i
         lines += [
             f"mad.lo.u32 far, mine, {own}, {i};",
             "cvt.rn.f32.u32 value, far;",
-            f"mul.f32 value, value, {_float(-1 / steps)};",
+            f"mul.f32 value, value, {float_literal(-1 / steps)};",
             f"ex2.approx.ftz.f32 weight{i}, value;",
         ]
     lines += [f"max.s32 peak0, peak0, peak{i};" for i in range(1, of_lane)]
-    lines += [f"redux.sync.max.s32 top, peak0, {_ALL};"]
+    lines += [f"redux.sync.max.s32 top, peak0, {ALL_LANES};"]
     for i in range(own):
         lines += [
             f"mad.lo.u32 far, mine, {own}, {i};",
@@ -410,27 +237,27 @@ def _find_cut(own: int, warps: int, of_lane: int, bins: int, steps: int, zero: i
     lines += [
         f"mov.b32 sum, count{own - 1};",
         f"mov.b32 mass, weight{own - 1};",
-        *_running_sum("sum", "u32"),
-        *_running_sum("mass", "f32"),
+        *running_sum("sum", "u32"),
+        *running_sum("mass", "f32"),
         "setp.eq.b32 use, lane, 31;",
-        *_at("totals", "warp"),
+        *address("totals", "warp"),
         "@use st.shared.b32 [at], sum;",
-        *_at("masses", "warp"),
+        *address("masses", "warp"),
         "@use st.shared.b32 [at], mass;",
         f"sub.u32 sum, sum, count{own - 1};",
-        f"shfl.sync.up.b32 other|use, mass, 1, 0, {_ALL};",
+        f"shfl.sync.up.b32 other|use, mass, 1, 0, {ALL_LANES};",
         "selp.b32 mass, other, 0, use;",
         "bar.sync 0;",
         # a number of each warp in each group of lanes
         f"and.b32 group_lane, lane, {warps - 1};",
-        *_at("totals", "group_lane"),
+        *address("totals", "group_lane"),
         "ld.shared.b32 other, [at];",
         "selp.b32 inside, other, 0, few;",
-        f"redux.sync.add.u32 inside, inside, {_ALL};",
+        f"redux.sync.add.u32 inside, inside, {ALL_LANES};",
         "selp.b32 other, other, 0, fewer;",
-        f"redux.sync.add.u32 other, other, {_ALL};",
+        f"redux.sync.add.u32 other, other, {ALL_LANES};",
         "add.u32 sum, sum, other;",
-        *_at("masses", "group_lane"),
+        *address("masses", "group_lane"),
         "ld.shared.b32 total, [at];",
         "setp.lt.u32 use, group_lane, warp;",
         "selp.b32 mass_before, total, 0, use;",
@@ -438,7 +265,7 @@ def _find_cut(own: int, warps: int, of_lane: int, bins: int, steps: int, zero: i
     for i in range(warps.bit_length() - 1):
         for value in ("total", "mass_before"):
             lines += [
-                f"shfl.sync.bfly.b32 other, {value}, {1 << i}, 31, {_ALL};",
+                f"shfl.sync.bfly.b32 other, {value}, {1 << i}, 31, {ALL_LANES};",
                 f"add.f32 {value}, {value}, other;",
             ]
     lines += [
@@ -446,7 +273,7 @@ def _find_cut(own: int, warps: int, of_lane: int, bins: int, steps: int, zero: i
         # what lies below the window weighs at most as much as its lower edge
         "sub.s32 extra, $num_units, inside;",
         "cvt.rn.f32.s32 below, extra;",
-        f"mul.f32 below, below, {_float(2.0 ** (-(bins - 2) / steps))};",
+        f"mul.f32 below, below, {float_literal(2.0 ** (-(bins - 2) / steps))};",
         "add.f32 rest, total, below;",
         "mul.f32 rest, rest, $top_p;",
         "setp.ge.f32 reached, total, rest;",
@@ -456,7 +283,7 @@ def _find_cut(own: int, warps: int, of_lane: int, bins: int, steps: int, zero: i
         lines += [
             f"add.f32 value, mass, weight{i};",
             "sub.f32 rest, total, value;",
-            f"fma.rn.f32 rest, rest, {_float(2.0 ** (1 / steps))}, below;",
+            f"fma.rn.f32 rest, rest, {float_literal(2.0 ** (1 / steps))}, below;",
             "add.f32 rest, rest, value;",
             "mul.f32 rest, rest, $top_p;",
             "setp.ge.f32 use, value, rest;",
@@ -468,23 +295,23 @@ def _find_cut(own: int, warps: int, of_lane: int, bins: int, steps: int, zero: i
         ]
     return [
         *lines,
-        f"redux.sync.min.u32 other, cut, {_ALL};",
-        *_at("cuts", "warp"),
+        f"redux.sync.min.u32 other, cut, {ALL_LANES};",
+        *address("cuts", "warp"),
         "setp.eq.b32 use, lane, 0;",
         "@use st.shared.b32 [at], other;",
         # of the one lane whose it is; where there is none it is not looked at
         "setp.eq.b32 use, cut, other;",
         f"setp.lt.and.u32 use, cut, {bins}, use;",
-        *_at("numbers", "warp"),
+        *address("numbers", "warp"),
         "@use st.shared.b32 [at], number;",
         "bar.sync 0;",
-        *_at("cuts", "group_lane"),
+        *address("cuts", "group_lane"),
         "ld.shared.b32 cut, [at];",
-        f"redux.sync.min.u32 cut, cut, {_ALL};",
+        f"redux.sync.min.u32 cut, cut, {ALL_LANES};",
         f"setp.eq.b32 beyond, cut, {bins};",
         f"shr.u32 value, cut, {(32 * own).bit_length() - 1};",
         f"min.u32 value, value, {warps - 1};",
-        *_at("numbers", "value"),
+        *address("numbers", "value"),
         "ld.shared.b32 number, [at];",
         f"@beyond mov.b32 cut, {bins - 2};",
         "sub.s32 lowest, top, cut;",
@@ -542,7 +369,7 @@ def _write_words() -> list[str]:
     words = range(4)
     lines = ["mov.b32 word, 0;", "WORDS:", "setp.ge.s32 use, word, last_word;", "@use bra WRITTEN;"]
     for i in words:
-        lines += [f"add.u32 value, word, {i};", f"shfl.sync.idx.b32 word_mask{i}, mask, value, 31, {_ALL};"]
+        lines += [f"add.u32 value, word, {i};", f"shfl.sync.idx.b32 word_mask{i}, mask, value, 31, {ALL_LANES};"]
     lines += [
         "or.b32 any, word_mask0, word_mask1;",
         "or.b32 any, any, word_mask2;",
@@ -551,7 +378,7 @@ def _write_words() -> list[str]:
         "@use bra EMPTY;",
     ]
     for i in words:
-        lines += [f"add.u32 value, word, {i};", f"shfl.sync.idx.b32 place{i}, offset, value, 31, {_ALL};"]
+        lines += [f"add.u32 value, word, {i};", f"shfl.sync.idx.b32 place{i}, offset, value, 31, {ALL_LANES};"]
     for i in words:
         lines += [
             f"and.b32 value, word_mask{i}, lower;",
