@@ -65,7 +65,8 @@ def _row(num_units: int, kind: str) -> torch.Tensor:
         "dense": torch.randn(num_units, generator=generator) * 4,
         # a few lie so far above the rest that the window of the histogram holds nothing else
         "beyond": torch.where(torch.arange(num_units) % 97 == 5, 300.0, -torch.rand(num_units, generator=generator)),
-        # and so few that p is not even reached in it
+        # the same with one of them: where p is near 1, the rest weighs too much to be left out
+        "one": torch.where(torch.arange(num_units) == num_units // 3, 300.0, 0.0),
         "equal": torch.zeros(num_units),
     }[kind]
     return scores.floor().int()
@@ -99,6 +100,8 @@ def _expected(steps: torch.Tensor, top_p: float, wanted: int) -> list[int]:
         (256, 3000, 5, "sparse", 0.9, 1234),
         (256, 3000, 4, "beyond", 0.9, 500),
         (128, 12000, 2, "beyond", 0.9, 12000),
+        (256, 12000, 3, "one", 0.9, 7),
+        (256, 12000, 3, "one", 0.999999, 7),
         (128, 300, 2, "equal", 0.9, 0),
         (128, 1, 2, "equal", 0.9, 1),
         (128, 0, 2, "equal", 0.9, 0),
