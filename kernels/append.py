@@ -194,21 +194,38 @@ if HAS_TRITON:
         p_index_new,
         p_index_key,
         p_index_scale,
-        slot,
+        i_item,
+        length,
+        num_index,
+        q_len,
+        stride_xb,
+        stride_xh,
+        stride_xn,
+        stride_ib,
+        stride_ih,
         stride_in,
+        stride_sb,
+        stride_sh,
         stride_sn,
         INDEX_DIM: tl.constexpr,
         BLOCK_R: tl.constexpr,
         INT8: tl.constexpr,
     ):
-        """Write the index key of one token; the pointers are at the token to read and at the head's row to write."""
+        """Write the index key of item (batch, index row, token)."""
+        i_token = i_item % q_len
+        i_row = (i_item // q_len % num_index).to(tl.int64)
+        i_batch = (i_item // q_len // num_index).to(tl.int64)
+        slot = length.to(tl.int64) - q_len + i_token
         o_r = tl.arange(0, BLOCK_R)
         m_r = o_r < INDEX_DIM
-        b_index = tl.load(p_index_new + o_r, mask=m_r, other=0.0)
+        b_index = tl.load(
+            p_index_new + i_batch * stride_xb + i_row * stride_xh + i_token * stride_xn + o_r, mask=m_r, other=0.0
+        )
         if INT8:
             b_index, scale = quantize_index_row(b_index, p_index_scale.dtype.element_ty)
-            tl.store(p_index_scale + slot * stride_sn, scale)
-        tl.store(p_index_key + slot * stride_in + o_r, b_index.to(p_index_key.dtype.element_ty), mask=m_r)
+            tl.store(p_index_scale + i_batch * stride_sb + i_row * stride_sh + slot * stride_sn, scale)
+        p_index_key += i_batch * stride_ib + i_row * stride_ih + slot * stride_in
+        tl.store(p_index_key + o_r, b_index.to(p_index_key.dtype.element_ty), mask=m_r)
 
     @triton.jit
     def _append_kernel(
@@ -316,16 +333,22 @@ if HAS_TRITON:
                 KV_LIMIT,
             )
         else:
-            i_item -= num_heads_items
-            i_token = i_item % q_len
-            i_row = (i_item // q_len % num_index).to(tl.int64)
-            i_batch = (i_item // q_len // num_index).to(tl.int64)
             append_index(
-                p_index_new + i_batch * stride_xb + i_row * stride_xh + i_token * stride_xn,
-                p_index_key + i_batch * stride_ib + i_row * stride_ih,
-                p_index_scale + i_batch * stride_sb + i_row * stride_sh,
-                length - q_len + i_token,
+                p_index_new,
+                p_index_key,
+                p_index_scale,
+                i_item - num_heads_items,
+                length,
+                num_index,
+                q_len,
+                stride_xb,
+                stride_xh,
+                stride_xn,
+                stride_ib,
+                stride_ih,
                 stride_in,
+                stride_sb,
+                stride_sh,
                 stride_sn,
                 INDEX_DIM,
                 BLOCK_R,

@@ -53,50 +53,6 @@ if HAS_TRITON:
     from .score_range import load_query, score_range
 
     @triton.jit
-    def _append_row_index(
-        p_new_index,
-        p_key,
-        p_scale,
-        p_index_heads,
-        i_row,
-        length,
-        q_len,
-        num_heads,
-        stride_xb,
-        stride_xh,
-        stride_xn,
-        stride_kb,
-        stride_kh,
-        stride_kn,
-        stride_sb,
-        stride_sh,
-        stride_sn,
-        HEAD: tl.constexpr,
-        PADDED: tl.constexpr,
-        INT8: tl.constexpr,
-        BATCHED: tl.constexpr,
-    ):
-        """Write the index key of a query row's own token."""
-        i_query = i_row % q_len
-        i_head = i_row // q_len
-        i_batch = (i_row * 0).to(tl.int64)
-        if BATCHED:
-            i_batch += i_head // num_heads
-            i_head = i_head % num_heads
-        i_key = tl.load(p_index_heads + i_head).to(tl.int64)
-        append_index(
-            p_new_index + i_batch * stride_xb + i_key * stride_xh + i_query * stride_xn,
-            p_key + i_batch * stride_kb + i_key * stride_kh,
-            p_scale + i_batch * stride_sb + i_key * stride_sh,
-            length.to(tl.int64) - q_len + i_query,
-            stride_kn,
-            stride_sn,
-            HEAD,
-            PADDED,
-            INT8,
-        )
-
-    @triton.jit
     def _score_select_kernel(
         p_query,
         p_key,
@@ -126,8 +82,10 @@ if HAS_TRITON:
         min_tokens,
         num_rows,
         per_split,
+        num_items,
         num_kv_items,
         num_kv_heads,
+        num_index,
         num_sinks,
         ring,
         num_heads,
@@ -242,17 +200,16 @@ if HAS_TRITON:
         if APPEND and i_row >= num_rows:
             if SCORE:
                 num_writers = tl.num_programs(0) - num_rows * num_splits
-                for i_item in tl.range(tl.program_id(0) - num_rows * num_splits, num_kv_items + num_rows, num_writers):
+                for i_item in tl.range(tl.program_id(0) - num_rows * num_splits, num_items, num_writers):
                     if i_item >= num_kv_items:
-                        _append_row_index(
+                        append_index(
                             p_new_index,
                             p_key,
                             p_scale,
-                            p_index_heads,
                             i_item - num_kv_items,
                             length,
+                            num_index,
                             q_len,
-                            num_heads,
                             stride_xb,
                             stride_xh,
                             stride_xn,
@@ -265,7 +222,6 @@ if HAS_TRITON:
                             HEAD,
                             PADDED,
                             INT8,
-                            BATCHED,
                         )
                     else:
                         append_head(
@@ -618,10 +574,11 @@ def launch_select(
     tile = tile_rows * lanes
     score_warps = min(_SCORE_CONFIG["warps"], max(tile_rows // 16, 4))
     slots = _SCORE_CONFIG["ctas"] * num_processors(device)
-    writers = 0
+    items = kv_items = 0
     if new_tokens is not None:
         kv_items = batch * new_tokens.key.shape[1] * q_len
-        writers = min(kv_items + rows, _SCORE_CONFIG["writers"])
+        items = kv_items + batch * index_key.shape[1] * q_len
+    writers = min(items, _SCORE_CONFIG["writers"])
     # with 8-bit keys less than a tile takes a CTA as long as a whole one
     least = tile if index_scale is not None else max(tile // 2, MIN_TILE_KEYS)
     splits = max(1, min((slots - writers) // rows, ceil_div(capacity, least)))
@@ -655,13 +612,11 @@ def launch_select(
     scale = index_key if index_scale is None else index_scale
     # without an append the rest of the arguments is never read
     key = value = new_index = full_key = full_value = window_key = window_value = index_key
-    tables, kv_items, kv_heads, num_sinks = index_heads, 0, 1, 0
+    tables, num_sinks = index_heads, 0
     key_scale = value_scale = None
     if new_tokens is not None:
         key, value, new_index, full_key, full_value, window_key, window_value, tables, num_sinks = new_tokens[:9]
         key_scale, value_scale = new_tokens.key_scale, new_tokens.value_scale
-        kv_heads = key.shape[1]
-        kv_items = batch * kv_heads * q_len
     arguments = (
         index_query,
         index_key,
@@ -691,8 +646,10 @@ def launch_select(
         min_tokens,
         rows,
         ceil_div(1 << 32, splits),
+        items,
         kv_items,
-        kv_heads,
+        key.shape[1],
+        index_key.shape[1],
         num_sinks,
         max(window_key.shape[2] - num_sinks, 1),
         heads,
