@@ -27,12 +27,12 @@ LIST_CONSTRAINTS = ",".join(["=r", *_INPUTS.values()])
 
 
 @lru_cache(maxsize=32)
-def list_assembly(threads: int, splits: int, bins: int, steps: int, zero: int, group: int, apart: int) -> str:
+def list_assembly(threads: int, splits: int, bins: int, steps: int, zero: int, group: int) -> str:
     """Finds a row's threshold in its counts, and lists the selected of the units of one of its shares.
 
     Inputs, the same in all threads:
         codes: address of the row's codes, a byte each, a multiple of 16.
-        tops: of the largest step of each `group` of the share's units, `apart` numbers from one to the next.
+        tops: of the largest step of each `group` of the share's units.
         histogram: of the count of the row's step 0, of which there are `zero` before it.
         sums, peaks: of what `count_assembly` has left for each of the row's shares.
         indices, counts: of the row's list and of its length, which are written.
@@ -80,7 +80,7 @@ def list_assembly(threads: int, splits: int, bins: int, steps: int, zero: int, g
             f"mov.b32 earlier{i}, {NO_STEP};",
             f"@is_earlier{i} ld.global.cg.b32 earlier{i}, [there];",
         ]
-    lines += ["mov.b32 round, $first;", *_fetch_codes(threads, group, apart)]
+    lines += ["mov.b32 round, $first;", *_fetch_codes(threads, group)]
     lines += _find_cut(own, warps, of_lane, bins, steps, zero)
     lines += ["mov.b32 sum, 0;"]
     for i in range(of_thread):
@@ -158,7 +158,7 @@ def list_assembly(threads: int, splits: int, bins: int, steps: int, zero: int, g
         "mad.lo.u32 name, name, 32, round;",
         "add.u32 name, name, lane;",
         f"add.u32 round, round, {32 * threads};",
-        *_fetch_codes(threads, group, apart),
+        *_fetch_codes(threads, group),
         *_write_words(),
         "setp.lt.s32 use, round, $stop;",
         "@use bra ROUND;",
@@ -169,7 +169,7 @@ def list_assembly(threads: int, splits: int, bins: int, steps: int, zero: int, g
     return numbered(lines, ["out", *_INPUTS])
 
 
-def _fetch_codes(threads: int, group: int, apart: int) -> list[str]:
+def _fetch_codes(threads: int, group: int) -> list[str]:
     """The units from `round` on, `words` of 32 to a warp, one to a lane.
 
     Leaves its first `unit`, how many are `left`, their codes in `code0` to `code7`, and their group's `highest` step.
@@ -195,7 +195,7 @@ def _fetch_codes(threads: int, group: int, apart: int) -> list[str]:
         "@use ld.global.cg.v4.b32 {code4, code5, code6, code7}, [there + 16];",
         "sub.u32 value, unit, $first;",
         f"shr.u32 value, value, {group.bit_length() - 1};",
-        f"mad.wide.u32 there, value, {4 * apart}, $tops;",
+        "mad.wide.u32 there, value, 4, $tops;",
         f"mov.b32 highest, {NO_STEP};",
         "@use ld.global.cg.b32 highest, [there];",
     ]

@@ -22,7 +22,7 @@ if HAS_TRITON:
 
     @triton.jit
     def load_query(p_query, num_dims, PADDED: tl.constexpr, LANES: tl.constexpr):
-        """`num_dims` of a query: `[PADDED]`, and `[LANES * PADDED, LANES]` with them in column t at rows t * PADDED...
+        """`num_dims` of a query: `[PADDED]`; and `[LANES * PADDED, LANES]`, in column t from row t * PADDED on.
 
         One product with the matrix scores LANES keys.
         """

@@ -701,7 +701,7 @@ def launch_select(
         ),
         "CONSTRAINTS": count_constraints(elements) if counting else "",
         "LISTING": (
-            list_assembly(32 * list_warps, splits, HISTOGRAM_BINS, _STEPS, HISTOGRAM_ZERO, group, 1) if listing else ""
+            list_assembly(32 * list_warps, splits, HISTOGRAM_BINS, _STEPS, HISTOGRAM_ZERO, group) if listing else ""
         ),
         "LIST_CONSTRAINTS": LIST_CONSTRAINTS if listing else "",
         "THREADS": 32 * list_warps,

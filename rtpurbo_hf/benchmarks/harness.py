@@ -291,8 +291,8 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
             if value is not None:
                 lines.setdefault((row.case, _place(row)), []).append((row.length, value))
         for (case, place), points in lines.items():
-            style = {"color": colour[place], "marker": mark[case]} if by_place else {}
-            style = style or {"color": colour[case], "marker": mark[place], "label": f"{case} {place}".strip()}
+            coloured, marked = (place, case) if by_place else (case, place)
+            style = {"color": colour[coloured], "marker": mark[marked], "label": f"{case} {place}".strip()}
             axis.plot(*zip(*sorted(points), strict=True), markersize=5, **style)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("length (tokens)")

@@ -130,7 +130,7 @@ def test_lists_what_reaches_the_threshold(
         words[PEAKS + 4 * share] = peak & WORD
         for far in range(HISTOGRAM_BINS if len(own) else 0):
             words[SUMS + 4 * (share * HISTOGRAM_BINS + far)] = int((own >= peak - far).sum())
-    text = list_assembly(threads, shares, HISTOGRAM_BINS, _STEPS, HISTOGRAM_ZERO, GROUP, 1)
+    text = list_assembly(threads, shares, HISTOGRAM_BINS, _STEPS, HISTOGRAM_ZERO, GROUP)
     expected = _expected(steps, top_p, wanted) if num_units else []
     for share in sorted({0, shares // 3, shares - 1}):
         first, stop = bounds[share : share + 2]
